@@ -1,6 +1,7 @@
 """The words of an error: one line that names what was wrong and the nearest valid choice."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -30,13 +31,18 @@ def check_choice(value: str, choices: Iterable[str], name: str) -> None:
     """Raise UsageError unless `value` is one of `choices`."""
     choices = list(choices)
     if value not in choices:
-        raise UsageError(f"{name} is {value!r}; expected one of {', '.join(choices)}{nearest(value, choices)}")
+        raise UsageError(f"{name} is {value!r}; expected one of {', '.join(choices)}{nearest(str(value), choices)}")
 
 
-def check_range(value: float, name: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Raise UsageError unless low <= value <= high (low < value when `open_low`); NaN never passes."""
-    above = value > low if open_low else value >= low
-    if not (above and value <= high):
-        bracket = "(" if open_low else "["
-        top = "inf)" if high == float("inf") else f"{high:g}]"
-        raise UsageError(f"{name} is {value}; expected a number in {bracket}{low:g}, {top}")
+def check_range(
+    value: float, name: str, low: float, high: float = math.inf, *, open_low: bool = False, whole: bool = False
+) -> None:
+    """Raise UsageError unless `value` is a finite number, low <= value <= high (low < value when `open_low`).
+
+    `whole` asks for an int. NaN, infinities, booleans and other types never pass.
+    """
+    kind = "a whole number" if whole else "a number"
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not fits or not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
+        top = "inf)" if high == math.inf else f"{high:g}]"
+        raise UsageError(f"{name} is {value!r}; expected {kind} in {'(' if open_low else '['}{low:g}, {top}")

@@ -17,15 +17,21 @@ from gmscale.errors import UsageError
 TOLERANCE = 1e-6
 
 
-def has_contrast(s: Tensor) -> Tensor:
-    """Return a 0-d bool: False for a constant, one-entry, all-zero or non-finite map (laws 4 and 7)."""
+def has_contrast(s: Tensor) -> bool | Tensor:
+    """Return whether a map is neither constant, one entry, all zero nor non-finite (laws 4 and 7).
+
+    A bool on CPU; elsewhere a 0-d tensor, because reading it would make the host wait for the device.
+    """
     low, high = torch.aminmax(s)
+    if s.device.type == "cpu":
+        lowest, highest = low.item(), high.item()
+        return math.isfinite(highest) and highest - lowest > TOLERANCE * highest
     return high - low > TOLERANCE * high
 
 
 def hard_gate(response: Tensor, s: Tensor) -> Tensor:
     """Return m = 1 where the response is not negative (beyond rounding), else 0."""
-    return (response < -TOLERANCE * s.amax()).logical_not_().to(s.dtype)
+    return (response >= -TOLERANCE * s.amax()).to(s.dtype)
 
 
 def pool_response(s: Tensor, kappa: float) -> Tensor:

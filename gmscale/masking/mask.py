@@ -107,13 +107,23 @@ class GradientMask:
             check_choice(getattr(self, name), get_args(literal), f"mask.{name}")
         for name in ("strength", "start", "end", "warmup", "cooldown"):
             check_range(getattr(self, name), f"mask.{name}", 0, 1)
-        for name in ("kappa", "sigma"):
-            if getattr(self, name) is not None:
-                check_range(getattr(self, name), f"mask.{name}", 0, 1e6, open_low=True)
-        check_range(self.ratio, "mask.ratio", 1, 100, open_low=True)
-        check_range(self.block, "mask.block", 1)
+        if self.kappa is not None:
+            check_range(self.kappa, "mask.kappa", 0, open_low=True)
+        if self.sigma is not None:
+            check_range(self.sigma, "mask.sigma", 0.1, 100)
+        check_range(self.ratio, "mask.ratio", 1.01, 10)
+        check_range(self.block, "mask.block", 1, whole=True)
+        check_range(self.seed, "mask.seed", 0, whole=True)
         check_range(self.licnn_a, "mask.licnn_a", 0)
-        check_range(self.licnn_b, "mask.licnn_b", 0)
+        check_range(self.licnn_b, "mask.licnn_b", 0, open_low=self.licnn_a == 0)
+        for name in ("mask_1d", "rescale", "error_feedback", "paper_compat"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"mask.{name} is {getattr(self, name)!r}; expected true or false")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+                raise UsageError(f"mask.{name} is {patterns!r}; expected a list of patterns such as ('layer4.*',)")
+            object.__setattr__(self, name, tuple(patterns))
         self._check_kernel()
         if self.start + self.warmup + self.cooldown > self.end:
             raise UsageError(
@@ -129,18 +139,17 @@ class GradientMask:
 
     def _check_kernel(self) -> None:
         if self.kernel_size is not None:
-            check_range(self.kernel_size, "mask.kernel_size", 3)
+            check_range(self.kernel_size, "mask.kernel_size", 3, whole=True)
             if self.kernel_size % 2 == 0:
                 raise UsageError(f"mask.kernel_size is {self.kernel_size}; expected an odd number")
-        if self.paper_compat:
+        if self.paper_compat and self._inhibition == "log":
             if self.kernel_size not in (None, 5):
                 raise UsageError(f"mask.kernel_size is {self.kernel_size}; the authors' kernel is 5x5")
-            if self._inhibition == "log":
-                warnings.warn(
-                    "paper_compat: the authors' 5x5 kernel is not zero-mean, and from sigma 5 on it has no "
-                    "negative lobe: as a mask it then keeps everything",
-                    stacklevel=4,
-                )
+            warnings.warn(
+                "paper_compat: the authors' 5x5 kernel is not zero-mean, and from sigma 5 on it has no "
+                "negative lobe: as a mask it then keeps everything",
+                stacklevel=4,
+            )
         self._kernel()  # a kernel without a negative lobe is refused here, not in the first backward pass
 
     def _warn_of_ignored_settings(self) -> None:
@@ -176,11 +185,14 @@ class GradientMask:
         A map without contrast (constant, one entry, non-finite) inhibits nothing: m = 1. `generator`
         drives the random operator and lives on the device of s.
         """
+        contrast = inhibition.has_contrast(s)
+        if contrast is False:
+            return torch.ones_like(s)
         m = self._inhibit(s)
         if self.operator == "random":
             order = torch.randperm(m.numel(), generator=generator, device=m.device)
             m = m.flatten()[order].view_as(m)
-        return torch.where(inhibition.has_contrast(s), m, 1.0)
+        return m if contrast is True else torch.where(contrast, m, 1.0)
 
     def apply(
         self, gradient: Tensor, *, strength: float | None = None, generator: torch.Generator | None = None
@@ -190,8 +202,10 @@ class GradientMask:
         `strength` defaults to the mask's own. Every entry is multiplied by a factor in [1 - strength, 1],
         so NaN and inf stay visible (laws 3 and 4).
         """
+        strength = self.strength if strength is None else strength
+        check_range(strength, "strength", 0, 1)
         masked = gradient.clone()
-        self.apply_(masked, strength=self.strength if strength is None else strength, generator=generator)
+        self.apply_(masked, strength=strength, generator=generator)
         return masked
 
     @torch.no_grad()
@@ -210,24 +224,21 @@ class GradientMask:
         holds back replaces the residual: sent + held equals that sum exactly (law 10). A non-finite gradient
         is left as it is, and so is the residual (law 4).
         """
-        if gradient.ndim == 0 or (strength == 0 and residual is None):
+        passes = gradient.ndim == 0 or gradient.numel() == 0 or (gradient.ndim == 1 and not self.mask_1d)
+        if passes or (strength == 0 and residual is None):
             return None
         total = gradient if residual is None else gradient + residual
         s = lateral.lateral_map(total, self.norm, self.block)
         m = self.keep_map(s, generator) if strength > 0 else torch.ones_like(s)
-        factor = lateral.expand(1 - strength * (1 - m), gradient, self.block)
+        kept = self._kept(total, s, m) if observe else None
+        factor = lateral.expand((1 - m).mul_(-strength).add_(1), gradient, self.block)
         if residual is not None:
-            sent = _larger_part_first(total, factor, strength)
-            _store(torch.isfinite(s).all(), sent, total, gradient, residual)
+            _send_and_hold(gradient, residual, total, factor, strength, finite=torch.isfinite(s.amax()))
         elif self.rescale:
-            before = torch.linalg.vector_norm(gradient, dtype=s.dtype)
-            gradient.mul_(factor)
-            ratio = before / torch.linalg.vector_norm(gradient, dtype=s.dtype)
-            usable = torch.isfinite(ratio) & (ratio > 0)
-            gradient.mul_(torch.where(usable, ratio, 1.0).to(gradient.dtype))
+            _rescale_(gradient, factor, s.dtype)
         else:
             gradient.mul_(factor)
-        return self._kept(total, s, m) if observe else None
+        return kept
 
     @property
     def _inhibition(self) -> Inhibition:
@@ -266,19 +277,18 @@ class GradientMask:
         return Kept(entries / total.numel(), torch.nan_to_num(energy.square(), nan=1.0))
 
 
-def _larger_part_first(total: Tensor, factor: Tensor, strength: float) -> Tensor:
-    """Return what is sent, so rounded that total - sent is exact: the larger part is multiplied out.
+def _send_and_hold(
+    gradient: Tensor, residual: Tensor, total: Tensor, factor: Tensor, strength: float, finite: Tensor
+) -> None:
+    """Write total * factor into the gradient and the rest into the residual; change neither unless `finite`.
 
-    A difference of two floats within a factor of two of each other has no rounding (Sterbenz); that holds
-    for total - total * f when f >= 1/2, and for total - total * (1 - f) otherwise.
+    sent + held equals total exactly. A difference of two floats within a factor of two of each other has no
+    rounding (Sterbenz), so the larger part is the one that is multiplied out: total * f when f >= 1/2, else
+    total * (1 - f).
     """
-    if strength <= 0.5:
-        return total * factor
-    return torch.where(factor >= 0.5, total * factor, total - total * (1 - factor))
-
-
-def _store(finite: Tensor, sent: Tensor, total: Tensor, gradient: Tensor, residual: Tensor) -> None:
-    """Write what is sent into the gradient and the rest into the residual, unless the map was non-finite."""
+    sent = total * factor
+    if strength > 0.5:
+        sent = torch.where(factor >= 0.5, sent, total - total * (1 - factor))
     if finite.device.type == "cpu":
         if finite:
             gradient.copy_(sent)
@@ -287,3 +297,12 @@ def _store(finite: Tensor, sent: Tensor, total: Tensor, gradient: Tensor, residu
     # Without a branch: reading `finite` would make the host wait for the device.
     residual.copy_(torch.where(finite, total - sent, residual))
     gradient.copy_(torch.where(finite, sent, gradient))
+
+
+def _rescale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
+    """Multiply by `factor`, then by the one number that gives the gradient its old norm back."""
+    before = torch.linalg.vector_norm(gradient, dtype=dtype)
+    gradient.mul_(factor)
+    ratio = before / torch.linalg.vector_norm(gradient, dtype=dtype)
+    usable = torch.isfinite(ratio) & (ratio > 0)
+    gradient.mul_(torch.where(usable, ratio, 1.0).to(gradient.dtype))

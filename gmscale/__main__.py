@@ -1,0 +1,6 @@
+"""`python -m gmscale`, which torchrun starts."""
+
+from gmscale.cli import main
+
+if __name__ == "__main__":
+    main()

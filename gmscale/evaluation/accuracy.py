@@ -1,0 +1,38 @@
+"""Accuracy and loss over a validation split, every sample counted exactly once on any number of ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gmscale import parallel
+from gmscale.data import DataConfig, ValLoader, normalize
+from gmscale.parallel import World
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: ValLoader, config: DataConfig, world: World) -> dict[str, float]:
+    """Return loss (mean cross-entropy), top1 and top5 in percent, and count, the same on every rank.
+
+    `model` is the bare model, not its DDP wrapper: ranks may have different numbers of batches. Its buffers are
+    set to rank 0's first, so that all ranks judge the same model.
+    """
+    was_training = model.training
+    model.eval()
+    parallel.broadcast_buffers(model, world)
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, top1, top5, count
+    for images, labels, _ in loader:
+        inputs = normalize(images.to(world.device, non_blocking=True), config.mean, config.std)
+        labels = labels.to(world.device, non_blocking=True)
+        logits = model(inputs).float()
+        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        sums += torch.stack(
+            (
+                F.cross_entropy(logits, labels, reduction="sum").double(),
+                ranked[:, 0].sum().double(),
+                ranked.any(1).sum().double(),
+                torch.tensor(len(labels), dtype=torch.float64, device=world.device),
+            )
+        ).cpu()
+    model.train(was_training)
+    loss, top1, top5, count = parallel.sum_over_ranks(sums, world).tolist()
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}

@@ -1,0 +1,88 @@
+"""The run directory: what is in it, whether a run may go on there, and its first files."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gmscale import checkpoint, environment
+from gmscale.config import TrainConfig, changed_on_resume
+from gmscale.data import TrainLoader
+from gmscale.errors import UsageError
+from gmscale.parallel import World
+from gmscale.sites import Attachment
+from gmscale.tracking import write_atomically
+
+
+def finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """Return the summary of the finished run in `run_dir`, or None if there is work to do.
+
+    Raises UsageError, having written nothing, if the directory cannot be written or holds another run.
+    """
+    _check_writable(run_dir)
+    if config.run.resume == "never" and (run_dir / "config.yaml").exists():
+        raise UsageError(f"run.dir {run_dir} holds a run and run.resume is 'never'; choose another directory")
+    summary = run_dir / "summary.json"
+    if not summary.exists():
+        return None
+    _refuse_changes(yaml.safe_load((run_dir / "config.yaml").read_text()), config, run_dir)
+    return json.loads(summary.read_text())
+
+
+def begin(run_dir: Path, config: TrainConfig, world: World, attachment: Attachment | None) -> None:
+    """Write config.yaml, environment.json and touched.json."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.yaml", config.to_yaml())
+        write_atomically(run_dir / "environment.json", json.dumps(environment.describe(world), indent=1))
+        if attachment is not None:
+            write_atomically(run_dir / "touched.json", json.dumps(attachment.describe(), indent=1))
+    except OSError as error:
+        raise UsageError(f"run.dir {run_dir} cannot be written: {error.strerror}") from None
+
+
+def identity(
+    config: TrainConfig, world: World, loader: TrainLoader, attachment: Attachment | None
+) -> dict[str, Any]:
+    """Return what a checkpoint records of its run, for `check_identity` when it is resumed."""
+    return {
+        "config": asdict(config),
+        "world_size": world.size,
+        "data": loader.index.fingerprint,
+        "touched": [t.name for t in attachment.touched] if attachment else [],
+    }
+
+
+def check_identity(path: Path, now: dict[str, Any], config: TrainConfig) -> None:
+    """Raise UsageError unless the checkpoint at `path` belongs to the run that `now` describes."""
+    saved = checkpoint.read(path)["shared"]["identity"]
+    if saved["world_size"] != now["world_size"]:
+        raise UsageError(
+            f"{path} was saved by {saved['world_size']} processes and cannot be resumed by {now['world_size']}; "
+            f"start as many as before, or choose another run.dir"
+        )
+    _refuse_changes(saved["config"], config, path)
+    if saved["data"] != now["data"]:
+        raise UsageError(f"{path} was trained on other shards than data.source now holds; restore them, or choose "
+                         f"another run.dir")  # fmt: skip
+    if saved["touched"] != now["touched"]:
+        raise UsageError(f"{path}: its mask touched other parameters than this one; choose another run.dir")
+
+
+def _refuse_changes(saved: dict[str, Any], config: TrainConfig, where: Path) -> None:
+    changes = changed_on_resume(saved, config)
+    if changes:
+        listed = "; ".join(f"{name} was {before!r} and is {value!r}" for name, before, value in changes[:3])
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise UsageError(f"{where} belongs to a run with other settings: {listed}{more}; choose another run.dir")
+
+
+def _check_writable(run_dir: Path) -> None:
+    existing = next(p for p in (run_dir.absolute(), *run_dir.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UsageError(f"run.dir {run_dir}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"run.dir {run_dir} cannot be written: no permission to write in {existing}")

@@ -1,0 +1,272 @@
+"""The main path: one training run, read top to bottom.
+
+A step is: accumulate micro-batches -> mask -> reduce over ranks -> unscale -> clip -> optimizer step. The mask
+sits before the reduction because each rank removes the noise of its own gradient; unscaling and clipping come
+after it because they act on what the optimizer will see. Everything that decides the result is a function of the
+configuration and of the checkpoint, so an interrupted run ends as an undisturbed one.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from timm.utils import ModelEmaV3, random_seed
+from timm.utils.clip_grad import dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gmscale import checkpoint, data, evaluation, models, parallel, rundir
+from gmscale.config import OptimConfig, TrainConfig
+from gmscale.data import Batch, TrainLoader, ValLoader
+from gmscale.parallel import StopRequest, World
+from gmscale.sites import Attachment, MaskReport, attach
+from gmscale.tracking import StepClock, Tracker, write_atomically
+from gmscale.training_state import Meter, TrainingState
+
+_AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished with `summary`, or stopped on request after a checkpoint (summary None)."""
+
+    summary: dict[str, Any] | None
+
+
+def train(config: TrainConfig, world: World, console: Console | None = None) -> Outcome:
+    """Train the run that `config` describes, from its newest checkpoint if there is one.
+
+    Called by every rank of `world`. Raises UsageError for what cannot be asked for, before anything is written
+    to the run directory, and RunError for what fails on the way.
+    """
+    console = console or Console()
+    run_dir = Path(config.run.dir)
+    with parallel.together(world):
+        done = rundir.finished(run_dir, config)
+    if done is not None:
+        if world.is_main:
+            console.print(f"{run_dir} is finished already; its summary.json stands", highlight=False)
+        return Outcome(done)
+
+    # -- data, model, mask, optimizer -------------------------------------------------------------------------
+    random_seed(config.run.seed, world.rank)
+    torch.use_deterministic_algorithms(config.run.deterministic, warn_only=True)
+    loader, val_loader = _loaders(config, world)
+    total_steps = max(1, round(config.run.epochs * loader.steps_per_epoch))
+    with parallel.together(world):
+        bare = models.create(config.model, len(loader.classes))
+        optimizer = models.optimizer(bare, config.optim)
+        schedule = models.schedule(optimizer, config.optim, config.run.epochs, loader.steps_per_epoch)
+    model = parallel.wrap(bare, config.parallel, world)
+    with parallel.together(world):
+        attachment = _attach(model, config, world)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.amp == "fp16")
+    ema = ModelEmaV3(bare, decay=config.model.ema_decay) if config.model.ema_decay > 0 else None
+    state = TrainingState(bare, model, attachment, optimizer, scaler, ema, Meter(world.device))
+
+    # -- resume, or begin -------------------------------------------------------------------------------------
+    start = 0
+    identity = rundir.identity(config, world, loader, attachment)
+    with parallel.together(world):
+        newest = checkpoint.latest(run_dir)
+        if newest is not None:
+            rundir.check_identity(newest, identity, config)
+            start = state.restore(newest, world)
+    with parallel.together(world):
+        if world.is_main:
+            rundir.begin(run_dir, config, world, attachment)
+    tracker = (
+        Tracker(run_dir, config.arm, total_steps, config.run.epochs, start, console) if world.is_main else None
+    )
+    eval_every = max(1, round(config.run.eval_every_epochs * loader.steps_per_epoch))
+    save_every = config.run.save_every_steps or eval_every
+    batches = _steps(loader, start, total_steps)
+    clock, began, saved_at = StepClock(), time.monotonic(), start
+    speed: list[dict[str, float]] = []
+
+    def save(step: int) -> None:
+        nonlocal saved_at
+        if step > saved_at:
+            if tracker:
+                tracker.sync()
+            state.save(run_dir, step, identity, config.run.keep_checkpoints, world)
+            saved_at = step
+
+    with StopRequest() as stop, tracker or nullcontext():
+        # -- the loop: `step` optimizer steps are done -----------------------------------------------------------
+        for step in range(start, total_steps):
+            if parallel.any_rank(stop.requested, world):
+                save(step)
+                if tracker:
+                    tracker.say(f"stopped on request after step {step} of {total_steps}; the same command goes on")
+                return Outcome(None)
+            last = step + 1 == total_steps
+            due_eval = last or (step + 1) % eval_every == 0
+            due_log = due_eval or (step + 1) % config.run.log_every == 0
+
+            with clock.waiting():
+                micro_batches = next(batches)
+            if schedule is not None:
+                schedule.step_update(step)
+            if attachment is not None:
+                attachment.at(step, total_steps, grad_scale=scaler.get_scale(), observe=due_log)
+            grad_norm = train_step(state, micro_batches, config, world)
+            if ema is not None:
+                ema.update(bare, step=step)
+
+            if due_log:
+                report = attachment.report() if attachment else None
+                values = state.meter.values(world) | clock.values(loader.global_batch_size)
+                values["lr"] = optimizer.param_groups[0]["lr"]
+                values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
+                values |= _mask_values(report, values["step_ms"]) | {"memory_mb": _memory_mb(world)}
+                speed.append(values)
+                if tracker:
+                    tracker.log("train", step + 1, values)
+            if due_eval:
+                with clock.paused():
+                    result = evaluation.evaluate(bare, val_loader, config.data, world)
+                    averaged = evaluation.evaluate(ema.module, val_loader, config.data, world) if ema else None
+                state.best_top1 = max(state.best_top1, result["top1"])
+                if tracker:
+                    tracker.log("validation", step + 1, result)
+                    if averaged:
+                        tracker.log("validation_ema", step + 1, averaged)
+                    if report:
+                        tracker.log("layers", step + 1, _layer_values(report))
+            if last or (step + 1) % save_every == 0:
+                with clock.paused():
+                    save(step + 1)
+
+    # -- the end: summary.json last, its presence means finished -------------------------------------------------
+    if start == total_steps:  # killed between the last checkpoint and the summary
+        result = evaluation.evaluate(bare, val_loader, config.data, world)
+        averaged = evaluation.evaluate(ema.module, val_loader, config.data, world) if ema else None
+    summary = {
+        "arm": config.arm,
+        "seed": config.run.seed,
+        "steps": total_steps,
+        "epochs": config.run.epochs,
+        "top1": result["top1"],
+        "top5": result["top5"],
+        "loss": result["loss"],
+        "best_top1": state.best_top1,
+        "ema_top1": averaged["top1"] if averaged else None,
+        "wall_s": round(time.monotonic() - began, 3),
+        **{name: _median(speed, name) for name in ("images_per_s", "hook_ms", "hook_share")},
+        **{name: _median(speed, name) for name in ("kept_entries", "kept_energy")},
+    }
+    if world.is_main:
+        evaluation.write_samples(bare, val_loader, config.data, run_dir / "samples")
+        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
+    parallel.barrier(world)
+    return Outcome(summary)
+
+
+def train_step(
+    state: TrainingState, micro_batches: list[Batch], config: TrainConfig, world: World
+) -> Tensor | None:
+    """Do one optimizer step on this rank's micro-batches; return the gradient norm if clipping by norm is on."""
+    optim, amp_type = config.optim, _AMP_TYPES[config.optim.amp]
+    state.model.train()
+    state.optimizer.zero_grad(set_to_none=True)
+    for i, batch in enumerate(micro_batches):
+        images = batch.images.to(world.device, non_blocking=True)
+        labels = batch.labels.to(world.device, non_blocking=True)
+        images = data.normalize(images, config.data.mean, config.data.std)
+        last = i + 1 == len(micro_batches)
+        with nullcontext() if last else _no_sync(state):  # the last backward pass masks and reduces
+            with torch.autocast(world.device.type, amp_type, enabled=amp_type is not None):
+                logits = state.model(images)
+                loss = nn.functional.cross_entropy(logits, labels, label_smoothing=optim.label_smoothing)
+            # the mean over the global batch: this divides by the micro-batches, DDP by the world size
+            state.scaler.scale(loss / len(micro_batches)).backward()
+        state.meter.add(loss.detach(), logits.detach(), labels)
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = _clip(state.bare, optim)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return grad_norm
+
+
+def _clip(model: nn.Module, optim: OptimConfig) -> Tensor | None:
+    if optim.clip_grad == 0:
+        return None
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if optim.clip_mode == "norm":
+        return torch.nn.utils.clip_grad_norm_(parameters, optim.clip_grad)
+    dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
+    return None
+
+
+def _no_sync(state: TrainingState) -> Any:
+    if state.attachment is not None:
+        return state.attachment.no_sync()
+    return state.model.no_sync() if isinstance(state.model, DistributedDataParallel) else nullcontext()
+
+
+def _loaders(config: TrainConfig, world: World) -> tuple[TrainLoader, ValLoader]:
+    def open_both() -> tuple[TrainLoader, ValLoader]:
+        accumulate = config.optim.grad_accum_steps
+        loader = data.train_loader(config.data, config.run.seed, world.rank, world.size, accumulate)
+        return loader, data.val_loader(config.data, world.rank, world.size)
+
+    with parallel.together(world):
+        if world.local_rank == 0:  # builds the embedded set where it is missing
+            loaders = open_both()
+    with parallel.together(world):
+        if world.local_rank != 0:
+            loaders = open_both()
+    return loaders
+
+
+def _attach(model: nn.Module, config: TrainConfig, world: World) -> Attachment | None:
+    if not config.mask.enabled:
+        return None
+    site = {"ddp": "ddp", "single": "single"}[world.backend] if config.mask.site == "auto" else config.mask.site
+    return attach(model, config.mask, site)
+
+
+def _steps(loader: TrainLoader, start: int, total_steps: int) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step from `start` on, through all epochs."""
+    while start < total_steps:
+        epoch, offset = divmod(start, loader.steps_per_epoch)
+        yield from loader.epoch(epoch, offset)
+        start = (epoch + 1) * loader.steps_per_epoch
+
+
+def _mask_values(report: MaskReport | None, step_ms: float) -> dict[str, float]:
+    if report is None or report.hook_ms is None:
+        return {}
+    values = {"strength": report.strength, "kept_entries": report.kept_entries, "kept_energy": report.kept_energy}
+    values |= {"hook_ms": report.hook_ms, "hook_share": report.hook_ms / step_ms}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _layer_values(report: MaskReport) -> dict[str, dict[str, float]]:
+    return {
+        "kept_entries": {name: kept[0] for name, kept in report.layers.items()},
+        "kept_energy": {name: kept[1] for name, kept in report.layers.items()},
+    }
+
+
+def _memory_mb(world: World) -> float:
+    """Return the peak memory of this process: the GPU's, or resident on CPU."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _median(records: list[dict[str, float]], name: str) -> float | None:
+    values = [r[name] for r in records if name in r]
+    return statistics.median(values) if values else None

@@ -1,0 +1,335 @@
+"""The order's laws, and a loader that gives the same batches however it is divided, staffed or resumed."""
+
+import io
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from gmscale.data import (
+    Batch,
+    DataConfig,
+    TrainLoader,
+    embedded,
+    loader,
+    normalize,
+    order,
+    train_loader,
+    val_loader,
+)
+from gmscale.data.transforms import eval_transform, train_transform
+from gmscale.errors import RunError, UsageError
+
+shard_lengths = st.lists(st.integers(0, 9), min_size=1, max_size=40).filter(any).map(np.array)
+seeds = st.integers(0, 2**32)
+epochs = st.integers(0, 1000)
+small = st.integers(1, 5)
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+@given(shard_lengths, seeds, epochs)
+def test_an_epoch_holds_every_sample_once(lengths: np.ndarray, seed: int, epoch: int) -> None:
+    samples = order.epoch_order(lengths, seed, epoch)
+    assert samples.dtype == np.int64
+    assert sorted(samples) == list(range(lengths.sum()))
+    assert np.array_equal(samples, order.epoch_order(lengths, seed, epoch))
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    lengths = np.full(4, 100)
+    first = order.epoch_order(lengths, 0, 0)
+    for seed, epoch in ((0, 1), (1, 0)):
+        # Of two independent permutations about one sample stays in place.
+        assert (first == order.epoch_order(lengths, seed, epoch)).sum() < 10
+
+
+def test_an_order_is_for_ever() -> None:
+    # A resumed run depends on it, whatever versions it is resumed with.
+    assert order.epoch_order(np.array([3, 2, 4]), 7, 5).tolist() == [0, 5, 7, 8, 3, 4, 2, 6, 1]
+
+
+@given(st.integers(17, 60), seeds, epochs)
+def test_shuffling_stays_within_a_window_of_shards(shards: int, seed: int, epoch: int) -> None:
+    samples = order.epoch_order(np.full(shards, 3), seed, epoch)
+    for first in range(0, shards, order.WINDOW):
+        window = samples[3 * first : 3 * (first + order.WINDOW)]
+        assert len({sample // 3 for sample in window}) == len(window) / 3
+
+
+@given(st.integers(1, 300), seeds, small, small, small)
+def test_ranks_share_a_step_equally_and_exactly(
+    count: int, seed: int, world_size: int, batch_size: int, grad_accum_steps: int
+) -> None:
+    samples = order.epoch_order(np.array([count]), seed, 0)
+    global_batch = batch_size * world_size * grad_accum_steps
+    seen: list[int] = []
+    for step in range(count // global_batch):
+        for rank in range(world_size):
+            batches = order.micro_batches(samples, step, rank, world_size, batch_size, grad_accum_steps)
+            assert [len(batch) for batch in batches] == [batch_size] * grad_accum_steps
+            seen += np.concatenate(batches).tolist()
+    assert seen == samples[: count - count % global_batch].tolist()
+
+
+@given(st.sampled_from([(8, 32, 1), (4, 64, 1), (1, 256, 1), (2, 32, 4), (1, 8, 32)]), st.integers(0, 3))
+def test_the_division_of_a_global_batch_does_not_change_it(division: tuple[int, int, int], step: int) -> None:
+    samples = order.epoch_order(np.full(3, 400), 0, 0)
+    world_size, batch_size, grad_accum_steps = division
+    parts = [
+        batch
+        for rank in range(world_size)
+        for batch in order.micro_batches(samples, step, rank, world_size, batch_size, grad_accum_steps)
+    ]
+    assert np.concatenate(parts).tolist() == samples[256 * step : 256 * (step + 1)].tolist()
+
+
+@given(st.integers(0, 200), st.integers(1, 30))
+def test_validation_shares_hold_every_sample_once(count: int, world_size: int) -> None:
+    shares = [order.rank_share(count, rank, world_size) for rank in range(world_size)]
+    assert np.concatenate(shares).tolist() == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_step_larger_than_the_split_is_refused() -> None:
+    assert order.steps_per_epoch(100, 32) == 3
+    with pytest.raises(UsageError, match=r"data\.batch_size_per_device .*takes 128 .*split has 100"):
+        order.steps_per_epoch(100, 128)
+
+
+# ---- loader ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """48 training pictures in 3 shards, 12 for validation; augmented by all three random generators."""
+    cache = tmp_path_factory.mktemp("cache")
+    config = DataConfig(
+        cache_dir=str(cache),
+        size=48,
+        image_size=32,
+        batch_size_per_device=4,
+        eval_batch_size_per_device=5,
+        workers=0,
+        auto_augment="augmix-m5-w4-d2",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedded, "SAMPLES_PER_SHARD", 16)
+        embedded.ensure(config)
+    return config
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_available_cores", lambda: 3)
+
+
+def flatten(steps: list[list[Batch]]) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = [batch for step in steps for batch in step]
+    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(flatten(first), flatten(second), strict=True))
+
+
+def test_batches_are_channels_last_bytes_in_the_planned_order(config: DataConfig) -> None:
+    train = train_loader(config, seed=1, rank=1, world_size=2, grad_accum_steps=3)
+    assert (train.global_batch_size, train.steps_per_epoch, len(train.classes)) == (24, 2, 10)
+    steps = list(train.epoch(0))
+    assert [len(step) for step in steps] == [3, 3]
+    planned = order.epoch_order(train.index.lengths, 1, 0).reshape(2, 2, 12)[:, 1].ravel()
+    images, labels = flatten(steps)
+    assert labels.tolist() == train.index.label[planned].tolist()
+    assert images.dtype == torch.uint8
+    assert labels.dtype == torch.int64
+    for batch in steps[0]:
+        assert batch.images.shape == (4, 3, 32, 32)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_and_resumes_change_nothing(config: DataConfig) -> None:
+    expected = {epoch: list(open_train(config).epoch(epoch)) for epoch in (0, 1)}
+    assert not same(expected[0], expected[1])
+    for workers in (0, 1, 3):
+        train = open_train(replace(config, workers=workers))
+        # The second epoch abandons the first, whose batches may still be under way in the workers.
+        assert same([next(train.epoch(0))], expected[0][:1])
+        assert same(list(train.epoch(1)), expected[1])
+        for start_step in (2, train.steps_per_epoch - 1):
+            assert same(list(train.epoch(0, start_step)), expected[0][start_step:])
+        assert list(train.epoch(0, train.steps_per_epoch)) == []
+
+
+def open_train(config: DataConfig) -> TrainLoader:
+    return train_loader(config, seed=3, rank=0, world_size=1, grad_accum_steps=2)
+
+
+def test_augmentation_belongs_to_the_sample_not_to_the_rank(config: DataConfig) -> None:
+    alone = flatten(list(train_loader(config, 0, 0, 1, 1).epoch(0)))[0]
+    ranks = [train_loader(config, 0, rank, 2, 1) for rank in range(2)]
+    together = flatten([step for pair in zip(*(rank.epoch(0) for rank in ranks), strict=True) for step in pair])[0]
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_training_process_keeps_its_random_states(config: DataConfig, workers: int) -> None:
+    def draw() -> list[float]:
+        return [random.random(), np.random.random(), torch.rand(()).item()]
+
+    def seed() -> None:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    seed()
+    expected = draw()
+    seed()
+    list(open_train(replace(config, workers=workers)).epoch(0))
+    list(val_loader(replace(config, workers=workers), 0, 1))
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 5, 13])
+def test_validation_counts_every_sample_once(config: DataConfig, workers: int, world_size: int) -> None:
+    seen: list[int] = []
+    for rank in range(world_size):
+        share = val_loader(replace(config, workers=workers), rank, world_size)
+        assert len(share.index) == 12
+        for images, labels, indices in share:
+            assert images.shape == (len(labels), 3, 32, 32)
+            assert labels.tolist() == share.index.label[indices].tolist()
+            seen += indices.tolist()
+    assert seen == list(range(12))
+
+
+def test_validation_pictures_are_the_stored_ones_each_time(config: DataConfig) -> None:
+    val = val_loader(config, 0, 1)
+    (first, *_), *_ = val
+    (second, *_), *_ = val
+    stored = Image.open(io.BytesIO(loader.shards.read(val.index, 0)))
+    assert torch.equal(first, second)
+    assert np.array_equal(first[0].permute(1, 2, 0).numpy(), np.asarray(stored))
+
+
+def broken(config: DataConfig, directory: Path, content: bytes) -> tuple[DataConfig, str]:
+    """Copy the set with the second validation picture's bytes overwritten; return its settings and shard."""
+    source = embedded.ensure(config)
+    for path in source.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    shard = directory / "gmscale-validation-0000.tar"
+    with tarfile.open(shard) as tar:
+        member = tar.getmember("0000001.jpg")
+    data = bytearray(shard.read_bytes())
+    data[member.offset_data : member.offset_data + member.size] = content.ljust(member.size, b"\0")
+    shard.write_bytes(data)
+    return replace(config, source=str(directory)), f"{shard}: 0000001.jpg does not decode"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0 no picture", b"\x89PNG\r\n\x1a\n" + b"x" * 50])
+def test_a_picture_that_does_not_decode_is_named(
+    config: DataConfig, tmp_path: Path, workers: int, content: bytes
+) -> None:
+    config, message = broken(config, tmp_path, content)
+    with pytest.raises(RunError) as caught:
+        list(val_loader(replace(config, workers=workers), 0, 1))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_removed_during_the_run_is_named(config: DataConfig, tmp_path: Path) -> None:
+    config, _ = broken(config, tmp_path, b"")
+    val = val_loader(config, 0, 1)
+    (tmp_path / "gmscale-validation-0000.tar").unlink()
+    with pytest.raises(RunError, match=r"gmscale-validation-0000\.tar cannot be read: No such file"):
+        list(val)
+
+
+class SignalledTransform:
+    """An eval transform whose worker first receives each signal that a scheduler may send."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.transform = eval_transform(config)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        assert get_worker_info() is not None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+        assert torch.get_num_threads() == 1
+        return self.transform(image)
+
+
+def test_workers_outlive_the_schedulers_signals(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "eval_transform", SignalledTransform)
+    assert sum(len(labels) for _, labels, _ in val_loader(replace(config, workers=2), 0, 1)) == 12
+
+
+def test_a_process_that_fails_within_an_epoch_ends_at_once(config: DataConfig) -> None:
+    # Its workers ignore the SIGTERM with which multiprocessing would end them at exit, and then wait for them.
+    program = f"""
+from gmscale.data import *
+epoch = train_loader({replace(config, workers=1)!r}, 0, 0, 1, 1).epoch(0)
+next(epoch)
+raise SystemExit(7)
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert time.monotonic() - start < 30
+
+
+# ---- settings and transforms ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("size", 3),
+        ("image_size", 0),
+        ("batch_size_per_device", 0),
+        ("eval_batch_size_per_device", 0),
+        ("workers", -1),
+        ("crop_scale", (0.0, 1.0)),
+        ("crop_scale", (0.5, 1.1)),
+        ("crop_scale", (0.9, 0.5)),
+        ("crop_ratio", (2.0, 1.0)),
+        ("hflip", 1.5),
+        ("color_jitter", float("nan")),
+        ("mean", (0.5, 0.5, 128.0)),
+        ("std", (0.5, 0.0, 0.5)),
+    ],
+)
+def test_a_setting_out_of_range_is_named(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"data\.{field}"):
+        DataConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_an_unknown_augmentation_policy_is_named() -> None:
+    with pytest.raises(UsageError, match=r"data\.auto_augment: .*'wobble'"):
+        train_transform(DataConfig(auto_augment="wobble"))
+
+
+def test_normalised_images_have_their_statistics_and_strides() -> None:
+    config = DataConfig()
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    floats = normalize(images, config.mean, config.std)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    torch.testing.assert_close(floats, (images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+    assert floats.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(normalize(images, config.mean, config.std, torch.bfloat16), floats.bfloat16())
