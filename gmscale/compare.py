@@ -20,7 +20,7 @@ from gmscale.config import TrainConfig
 from gmscale.errors import UsageError, check_range
 from gmscale.parallel import World
 from gmscale.statistics import Summary
-from gmscale.tracking import write_atomically
+from gmscale.tracking import plain_console, write_atomically
 from gmscale.train import train
 
 BASELINE = "no mask"
@@ -58,7 +58,7 @@ def compare(config: TrainConfig, seeds: int, world: World) -> bool:
     Finished runs are not repeated, so the same command resumes. Returns False if it was asked to stop.
     """
     check_range(seeds, "--seeds", 1)
-    console = Console()
+    console = plain_console()
     planned = list(runs(config, seeds))
     summaries = []
     for number, run in enumerate(planned, 1):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from gmscale import __version__
 from gmscale.environment import PACKAGES, commit, package_version
 from gmscale.parallel import cores
+from gmscale.tracking import plain_console
 
 _EXTRAS = {
     "embedded": ("mlxtend", "scikit-image", "scikit-learn"),
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="gmscale doctor", description=__doc__)
     parser.add_argument("--dir", default=".", help="Directory in which runs will be written.")
     arguments = parser.parse_args(argv)
-    console = Console()
+    console = plain_console()
     healthy = True
     for finding in examine(Path(arguments.dir)):
         mark = "ok  " if finding.ok else ("-   " if finding.optional else "FAIL")

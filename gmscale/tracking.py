@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+
+
+def plain_console() -> Console:
+    """Return a console on standard output, wide enough for our lines and tables where there is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 class Tracker:

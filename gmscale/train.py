@@ -7,9 +7,7 @@ configuration and of the checkpoint, so an interrupted run ends as an undisturbe
 """
 
 import json
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -29,7 +27,7 @@ from gmscale.config import OptimConfig, TrainConfig
 from gmscale.data import Batch, TrainLoader, ValLoader
 from gmscale.parallel import StopRequest, World
 from gmscale.sites import Attachment, MaskReport, attach
-from gmscale.tracking import StepClock, Tracker, write_atomically
+from gmscale.tracking import StepClock, Tracker, plain_console, write_atomically
 from gmscale.training_state import Meter, TrainingState
 
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +46,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     Called by every rank of `world`. Raises UsageError for what cannot be asked for, before anything is written
     to the run directory, and RunError for what fails on the way.
     """
-    console = console or Console()
+    console = console or plain_console()
     run_dir = Path(config.run.dir)
     with parallel.together(world):
         done = rundir.finished(run_dir, config)
@@ -128,7 +126,9 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 values = state.meter.values(world) | clock.values(loader.global_batch_size)
                 values["lr"] = optimizer.param_groups[0]["lr"]
                 values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
-                values |= _mask_values(report, values["step_ms"]) | {"memory_mb": _memory_mb(world)}
+                values |= _mask_values(report, values["step_ms"]) | {
+                    "memory_mb": parallel.peak_memory_mb(world.device)
+                }
                 speed.append(values)
                 if tracker:
                     tracker.log("train", step + 1, values)
@@ -257,14 +257,6 @@ def _layer_values(report: MaskReport) -> dict[str, dict[str, float]]:
         "kept_entries": {name: kept[0] for name, kept in report.layers.items()},
         "kept_energy": {name: kept[1] for name, kept in report.layers.items()},
     }
-
-
-def _memory_mb(world: World) -> float:
-    """Return the peak memory of this process: the GPU's, or resident on CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes or KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _median(records: list[dict[str, float]], name: str) -> float | None:

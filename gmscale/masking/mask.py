@@ -221,24 +221,29 @@ class GradientMask:
         """Mask a gradient in place; return what was kept if `observe`.
 
         With a `residual` (shape and dtype of the gradient) the mask acts on gradient + residual, and what it
-        holds back replaces the residual: sent + held equals that sum exactly (law 10). A non-finite gradient
-        is left as it is, and so is the residual (law 4).
+        holds back replaces the residual: sent + held equals that sum exactly (law 10). A gradient with NaN or
+        inf (or beyond 1e18, whose squares overflow) is left as it is up to rounding, the residual untouched
+        (law 4).
         """
         passes = gradient.ndim == 0 or gradient.numel() == 0 or (gradient.ndim == 1 and not self.mask_1d)
         if passes or (strength == 0 and residual is None):
             return None
-        total = gradient if residual is None else gradient + residual
-        s = lateral.lateral_map(total, self.norm, self.block)
-        m = self.keep_map(s, generator) if strength > 0 else torch.ones_like(s)
-        kept = self._kept(total, s, m) if observe else None
-        factor = lateral.expand((1 - m).mul_(-strength).add_(1), gradient, self.block)
         if residual is not None:
-            _send_and_hold(gradient, residual, total, factor, strength, finite=torch.isfinite(s.amax()))
-        elif self.rescale:
-            _rescale_(gradient, factor, s.dtype)
+            gradient.add_(residual)
+        s = lateral.lateral_map(gradient, self.norm, self.block)
+        m = self.keep_map(s, generator) if strength > 0 else torch.ones_like(s)
+        kept = self._kept(gradient, s, m) if observe else None
+        if residual is not None:
+            held_factor = lateral.expand((1 - m).mul_(strength), gradient, self.block)
+            _send_and_hold(gradient, residual, held_factor, strength, self._is_hard, torch.isfinite(s.amax()))
         else:
-            gradient.mul_(factor)
+            factor = lateral.expand((1 - m).mul_(-strength).add_(1), gradient, self.block)
+            _rescale_(gradient, factor, s.dtype) if self.rescale else gradient.mul_(factor)
         return kept
+
+    @property
+    def _is_hard(self) -> bool:
+        return not (self._inhibition == "pool" and self.gate == "soft")
 
     @property
     def _inhibition(self) -> Inhibition:
@@ -247,7 +252,7 @@ class GradientMask:
     def _inhibit(self, s: Tensor) -> Tensor:
         operator = self._inhibition
         if operator == "pool":
-            if self.gate == "soft":
+            if not self._is_hard:
                 return inhibition.pool_soft(s, self.kappa or 0.5)
             response = inhibition.pool_response(s, self.kappa or 1.0)
         elif operator == "licnn":
@@ -278,25 +283,29 @@ class GradientMask:
 
 
 def _send_and_hold(
-    gradient: Tensor, residual: Tensor, total: Tensor, factor: Tensor, strength: float, finite: Tensor
+    gradient: Tensor, residual: Tensor, held_factor: Tensor, strength: float, hard: bool, finite: Tensor
 ) -> None:
-    """Write total * factor into the gradient and the rest into the residual; change neither unless `finite`.
+    """Split gradient, which holds gradient + residual, into what is sent (gradient) and held (residual).
 
-    sent + held equals total exactly. A difference of two floats within a factor of two of each other has no
-    rounding (Sterbenz), so the larger part is the one that is multiplied out: total * f when f >= 1/2, else
-    total * (1 - f).
+    sent + held equals their sum exactly. A difference of two floats within a factor of two of each other has
+    no rounding (Sterbenz), so of the two parts the larger is the one to multiply out. Unless `finite`, the
+    residual is taken back out of the gradient and keeps its value.
     """
-    sent = total * factor
-    if strength > 0.5:
-        sent = torch.where(factor >= 0.5, sent, total - total * (1 - factor))
-    if finite.device.type == "cpu":
-        if finite:
-            gradient.copy_(sent)
-            torch.sub(total, sent, out=residual)
+    if finite.device.type == "cpu" and not finite:
+        gradient.sub_(residual)
         return
-    # Without a branch: reading `finite` would make the host wait for the device.
-    residual.copy_(torch.where(finite, total - sent, residual))
-    gradient.copy_(torch.where(finite, sent, gradient))
+    held = residual if finite.device.type == "cpu" else torch.empty_like(residual)
+    if hard and strength >= 0.5:  # everything or at least half of an entry is held, or nothing
+        torch.mul(gradient, held_factor, out=held)
+    elif strength <= 0.5:  # at least half of every entry is sent
+        torch.mul(gradient, 1 - held_factor, out=held)
+        torch.sub(gradient, held, out=held)
+    else:
+        sent_first = gradient - gradient * (1 - held_factor)
+        held.copy_(torch.where(held_factor <= 0.5, sent_first, gradient * held_factor))
+    if held is not residual:  # without a branch: reading `finite` would make the host wait for the device
+        residual.copy_(torch.where(finite, held, residual))
+    gradient.sub_(residual)
 
 
 def _rescale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
