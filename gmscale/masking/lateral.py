@@ -86,8 +86,9 @@ def _norm(x: Tensor, norm: Norm, dims: tuple[int, ...]) -> Tensor:
     if x.device.type == "cpu" and x.stride(-1) != 1:
         # channels_last: torch's CPU reduction over dimensions that are not innermost is 30 times slower
         total = torch.zeros(x.shape[: -len(dims)], dtype=dtype)
+        positions = x.movedim(dims, tuple(range(len(dims))))
         for position in product(*(range(x.shape[d]) for d in dims)):
-            at_position = x[(..., *position)].to(dtype)
+            at_position = positions[position].to(dtype)
             total.addcmul_(at_position, at_position)
         return total.sqrt_()
     return torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
