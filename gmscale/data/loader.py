@@ -5,17 +5,17 @@ one augmentation seed a sample. A worker keeps no state between requests, so the
 number of workers and after a resume at any step.
 """
 
-import atexit
+import gc
 import io
 import os
 import random
 import signal
-import weakref
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,18 +55,18 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield each step's list of micro-batches, from `start_step` as an undisturbed epoch would."""
-        self._requests.current = self._epoch_requests(epoch, start_step)
-        batches = _results(self._batches)
-        *_, grad_accum_steps = self._division
-        for _ in range(start_step, self.steps_per_epoch):
-            yield list(islice(batches, grad_accum_steps))
-
-    def _epoch_requests(self, epoch: int, start_step: int) -> Iterator["_Request"]:
         samples = order.epoch_order(self.index.lengths, self._seed, epoch)
         seeds = order.augmentation_seeds(len(self.index), self._seed, epoch)
-        for step in range(start_step, self.steps_per_epoch):
-            for indices in order.micro_batches(samples, step, *self._division):
-                yield _Request(indices, seeds[indices])
+        steps, division = range(start_step, self.steps_per_epoch), self._division
+        self._requests.current = (
+            _Request(indices, seeds[indices])
+            for step in steps
+            for indices in order.micro_batches(samples, step, *division)
+        )
+        batches = _results(self._batches)
+        *_, grad_accum_steps = division
+        for _ in steps:
+            yield list(islice(batches, grad_accum_steps))
 
 
 class ValLoader:
@@ -120,7 +120,7 @@ class _Requests:
         return iter(self.current)
 
 
-class _Samples(Dataset[Batch]):
+class _Samples(Dataset[Batch | RunError]):
     """Answers a request with a Batch. Runs in a worker, or in the main process when there are none."""
 
     def __init__(self, index: ShardIndex, transform: Transform, image_size: int) -> None:
@@ -174,11 +174,11 @@ def _random_states_kept() -> Iterator[None]:
         torch.set_rng_state(torch_cpu)
 
 
-def _data_loader(samples: _Samples, requests: _Requests, workers: int) -> DataLoader[Batch]:
+def _data_loader(samples: _Samples, requests: _Requests, workers: int) -> DataLoader[Batch | RunError]:
     workers = min(workers, _available_cores())
-    loader = DataLoader(
+    return DataLoader(
         samples,
-        sampler=requests,  # type: ignore[arg-type]  # one request is one batch
+        sampler=requests,  # one request is one batch
         batch_size=None,
         collate_fn=_as_is,
         num_workers=workers,
@@ -188,19 +188,20 @@ def _data_loader(samples: _Samples, requests: _Requests, workers: int) -> DataLo
         # DataLoader draws a seed from it, by default from the training process's generator.
         generator=torch.Generator(),
     )
-    if workers:
-        atexit.register(_stop_workers, weakref.ref(loader))
-    return loader
 
 
-def _results(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def _results(loader: DataLoader[Batch | RunError]) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, RunError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                # Else the error, its traceback and this frame would hold each other, and with them the workers.
+                del batch
         yield batch
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -209,14 +210,19 @@ def _available_cores() -> int:
 
 
 def _start_worker(_worker_id: int) -> None:
-    # A scheduler signals every process of a job; the main process decides when to stop and needs its workers until then.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    # A scheduler signals every process of a job, but it is the main process that decides when to stop, and it needs
+    # its workers until then. Of SIGTERM the sender matters: the main process ends its workers with it.
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_termination, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    # Were a worker to collect another loader that it inherited as garbage, it would shut that one's workers down.
+    gc.freeze()
 
 
-def _stop_workers(reference: "weakref.ref[DataLoader[Batch]]") -> None:
-    """End a loader's workers before multiprocessing tries to, at exit, with the SIGTERM that they ignore."""
-    shutdown = getattr(getattr(reference(), "_iterator", None), "_shutdown_workers", None)
-    if shutdown is not None:
-        shutdown()
+def _await_termination(main_process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)
