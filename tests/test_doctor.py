@@ -1,0 +1,48 @@
+"""gmscale doctor: honest findings, a remedy for each failure, an exit status."""
+
+from pathlib import Path
+
+import pytest
+
+from gmscale import doctor
+from gmscale.doctor import Finding
+
+
+def test_a_healthy_machine_is_reported_as_such(tmp_path, capsys):
+    assert doctor.main(["--dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok") and "gloo all-reduce" in line for line in lines)
+    assert any(line.startswith("ok") and "torch " in line for line in lines)
+    assert not any(line.startswith("FAIL") for line in lines)
+
+
+def test_every_failure_comes_with_a_remedy_and_status_1(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        doctor, "_all_reduce", lambda backend, processes: Finding(backend, False, "no answer", "cure")
+    )
+    missing = tmp_path / "missing"
+    assert doctor.main(["--dir", str(missing)]) == 1
+    out = capsys.readouterr().out
+    assert f"{missing}: No such file or directory" in out
+    assert "choose a writable --run.dir" in out
+    assert "-> cure" in out
+
+
+def test_a_failing_all_reduce_is_noticed(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    finding = doctor._all_reduce("gloo", processes=1)
+    assert not finding.ok
+    assert "GLOO_SOCKET_IFNAME" in finding.remedy
+
+
+@pytest.mark.parametrize("name", ["torch", "timm"])
+def test_a_missing_or_old_package_fails(monkeypatch, name):
+    monkeypatch.setattr(doctor, "package_version", lambda package: "2.1.0" if package == "torch" else None)
+    findings = {f.name: f for f in doctor._versions()}
+    assert not findings[name].ok
+    assert "constraints.txt" in findings[name].remedy
+
+
+def test_a_full_disk_fails(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
+    assert not doctor._writable(tmp_path).ok

@@ -1,0 +1,72 @@
+"""Every command and every Python block of the README does what it says."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+# A whole environment each: CI's own way in, and the launch test's.
+RUN_ELSEWHERE = {"./launch/quickstart.sh", "./launch/test.sh"}
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory like the checkout, in which commands may write."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+def as_installed(command: str) -> list[str]:
+    """Return the command with the programs of this environment."""
+    program, *arguments = shlex.split(command)
+    programs = {"gmscale": [sys.executable, "-m", "gmscale"], "torchrun": TORCHRUN}
+    # A data set as small as it goes: the test is that the command works.
+    shrink = ["--data.size", "256"] if "train" in arguments else []
+    return [*programs[program], *arguments, *shrink]
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_the_readmes_order(checkout):
+    commands = [c for c in COMMANDS if c and c not in RUN_ELSEWHERE]
+    assert len(commands) >= 5
+    for command in commands:
+        run(as_installed(command), checkout)
+    assert (checkout / "runs" / "report.html").stat().st_size > 10_000
+    assert (checkout / "runs" / "two" / "summary.json").exists()
+
+
+def test_the_launch_commands_exist_and_parse():
+    assert set(COMMANDS) >= RUN_ELSEWHERE
+    for script in [*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*"), ROOT / ".ci" / "run"]:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.slow
+def test_the_script_runs_under_torchrun(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(next(text for text in PYTHON if "init_process_group" in text))
+    output = run([*TORCHRUN, "--nproc_per_node", "2", str(script)], tmp_path)
+    assert re.search(r"touches \d+ weights, keeps \d+% of their gradient entries", output)
+
+
+def test_every_file_of_the_tour_exists():
+    for name in re.findall(r"gmscale/[\w/]+(?:\.py|\.md)?", README):
+        assert (ROOT / name).exists(), name
