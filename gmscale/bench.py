@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmscale import environment, parallel
 from gmscale.config import ParallelConfig
-from gmscale.errors import RunError, UsageError, nearest
+from gmscale.errors import OneLineParser, RunError, UsageError, nearest
 from gmscale.masking import GradientMask
 from gmscale.parallel import World
 from gmscale.sites import Attachment, attach
@@ -63,7 +63,7 @@ class Subject:
 
 def main(argv: list[str]) -> int:
     """Run a benchmark; it starts its own processes."""
-    parser = argparse.ArgumentParser(prog="gmscale bench", description="Cost of the mask, as ratios to plain DDP.")
+    parser = OneLineParser(prog="gmscale bench", description="Cost of the mask, as ratios to plain DDP.")
     parser.add_argument("what", choices=["step"], help="step: a whole training step of each variant")
     parser.add_argument("--model", default="resnet18", help="timm model")
     parser.add_argument("--image_size", type=int, default=64, help="side of the made-up images, in pixels")

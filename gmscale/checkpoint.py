@@ -14,7 +14,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gmscale import parallel
-from gmscale.errors import UsageError
+from gmscale.errors import RunError, UsageError
 from gmscale.parallel import World
 
 FORMAT = 1
@@ -54,12 +55,12 @@ def save(
     """
     folder = run_dir / "checkpoints"
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    with parallel.together(world):
+    with parallel.together(world), _explained_disk_errors(temporary):
         if world.is_main:
             for left_over in folder.glob(".step-*"):
                 shutil.rmtree(left_over, ignore_errors=True)
             temporary.mkdir(parents=True)
-    with parallel.together(world):
+    with parallel.together(world), _explained_disk_errors(temporary):
         own: dict[str, Tensor] = {}
         own_tree = pack(per_rank, own)
         _save_tensors(own, temporary / f"rank-{world.rank:05d}.safetensors", json.dumps(own_tree))
@@ -78,7 +79,7 @@ def save(
                 "shared": dict(shared),
             }
             _write_synced(temporary / "state.json", json.dumps(state, indent=1).encode())
-    with parallel.together(world):
+    with parallel.together(world), _explained_disk_errors(final):
         if world.is_main:
             _sync_directory(temporary)
             temporary.rename(final)
@@ -131,6 +132,14 @@ def load_rank(path: Path, world: World) -> dict[str, Any]:
     """Return what this rank saved as `per_rank`, with tensors on its device."""
     tensors, tree = _load_tensors(path / f"rank-{world.rank:05d}.safetensors")
     return unpack(json.loads(tree), {k: t.to(world.device) for k, t in tensors.items()})
+
+
+@contextmanager
+def _explained_disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"checkpoint {path} cannot be written: {error}; the one before it stands") from error
 
 
 # -- random states ------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a checkpoint (start it again).
 """
 
-import argparse
 import os
 import sys
 import traceback
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from gmscale import __version__
-from gmscale.errors import RunError, UsageError, nearest
+from gmscale.errors import OneLineParser, RunError, UsageError, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,7 +55,7 @@ def _compare(argv: list[str]) -> int:
 def _report(argv: list[str]) -> int:
     from gmscale.report import write_report
 
-    parser = _Parser(prog="gmscale report", description="Write one self-contained HTML page about runs.")
+    parser = OneLineParser(prog="gmscale report", description="Write one self-contained HTML page about runs.")
     parser.add_argument("runs", nargs="+", help="Run directories, or directories that hold some.")
     parser.add_argument("--out", help="The page; default report.html in the common parent directory.")
     arguments = parser.parse_args(argv)
@@ -126,7 +125,8 @@ def _explain_failure(error: BaseException, world: Any) -> int:
         return status
     if not isinstance(error, UsageError | RunError) and parallel.failed_elsewhere(world):
         return status  # a collective broke because the other rank is gone
-    parallel.announce_failure(world)
+    if not parallel.announce_failure(world):
+        return status
     prefix = f"rank {world.rank}: " if world.size > 1 else ""
     if isinstance(error, UsageError | RunError):
         print(f"gmscale: error: {prefix}{error}", file=sys.stderr)
@@ -152,10 +152,3 @@ def _fail(error: Exception) -> NoReturn:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"gmscale: warning: {message}", file=sys.stderr)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises UsageError instead of printing usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")

@@ -48,6 +48,7 @@ class RunConfig:
     """Ask torch for deterministic algorithms (a warning where an operation has none)."""
 
     def __post_init__(self) -> None:
+        check_range(self.seed, "run.seed", 0, 10**9)
         check_range(self.epochs, "run.epochs", 0, open_low=True)
         check_range(self.log_every, "run.log_every", 1)
         check_range(self.eval_every_epochs, "run.eval_every_epochs", 0, open_low=True)
@@ -89,7 +90,7 @@ class OptimConfig:
     """Optimizer, schedule and everything between the loss and the step."""
 
     opt: str = "sgd"
-    """Any optimizer of timm's factory."""
+    """Any optimizer of timm's factory (its sgd is Nesterov; its momentum is plain SGD)."""
     lr: float = 0.1
     """Peak learning rate, for the global batch size that the run uses."""
     momentum: float = 0.9
@@ -182,7 +183,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """Return the resolved configuration, readable by `--config` again."""
-        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+        return yaml.dump(_plain(asdict(self)), Dumper=_Dumper, sort_keys=False)
 
 
 # What may differ between a run and its resumption; everything else decides the result and must be the same.
@@ -195,7 +196,7 @@ MAY_CHANGE_ON_RESUME = {
 
 def build_parser(prog: str) -> ArgumentParser:
     """Return the command-line parser whose namespace `parse` turns into a TrainConfig."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of the fields below; may be repeated.")
     for section, cls in _sections().items():
         parser.add_class_arguments(cls, section)
@@ -250,6 +251,15 @@ def _sections() -> dict[str, type]:
     return {f.name: hints[f.name] for f in fields(TrainConfig)}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as 1e-3, which is a number to the parser but not to PyYAML."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*\.?\d*[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
 def _plain(value: Any) -> Any:
     """Return nested tuples as lists, for YAML and JSON."""
     if isinstance(value, dict):
@@ -273,17 +283,18 @@ def _check_file(path: Path) -> None:
         raise UsageError(f"--config {path}: {error.strerror}{nearest(str(path), siblings)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    _check_mapping({} if values is None else values, str(path))
+    _check_mapping(values, str(path))
 
 
 def _check_mapping(values: Any, where: str) -> None:
     if not isinstance(values, Mapping):
-        raise UsageError(f"{where} holds a {type(values).__name__}; expected sections {', '.join(_sections())}")
+        held = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UsageError(f"{where} holds {held}; expected sections {', '.join(_sections())}")
     check_keys(values, _sections(), where)
     for name, cls in _sections().items():
-        section = values.get(name)
-        if section is None:
+        if name not in values:
             continue
+        section = values[name]
         if not isinstance(section, Mapping):
             raise UsageError(f"{where}: section {name} holds {section!r}; expected fields of {name}")
         check_keys(section, [f.name for f in fields(cls)], f"{where}: section {name}")
@@ -294,6 +305,8 @@ def _explained(message: str, parser: ArgumentParser) -> UsageError:
     line = " ".join(message.split())
     if found := re.match(r"unrecognized arguments: (\S+)", line):
         flag = found[1].split("=")[0]
+        if not flag.startswith("-"):
+            return UsageError(f"unexpected argument {flag!r} (see --help)")
         known = [s for action in parser._actions for s in action.option_strings]
         return UsageError(f"unknown flag {flag}{nearest(flag, known)} (see --help)")
     if found := re.match(r'Parser key "([^"]+)": Expected a (.+)\. Got value: (.*)$', line):
@@ -303,10 +316,16 @@ def _explained(message: str, parser: ArgumentParser) -> UsageError:
             return UsageError(f"{key} is {value!r}; expected one of {', '.join(options)}{nearest(value, options)}")
         wanted = _WANTED.get(expected, expected)
         return UsageError(f"{key} is {value!r}; expected {wanted}")
+    if found := re.match(r'Parser key "([^"]+)": .*Expected a (\S+ \S+) - .*NoneType.*Given value: (.*)$', line):
+        key, expected, value = found.groups()
+        return UsageError(f"{key} is {value!r}; expected {_WANTED.get(expected, expected)} or null")
+    if found := re.match(r"Group '(\w+)' does not accept option '([^']+)'", line):
+        check_keys([found[2]], [f.name for f in fields(_sections()[found[1]])], f"section {found[1]}")
     return UsageError(line)
 
 
 _WANTED = {
+    "<class 'str'>": "text (in quotes, if it looks like a number)",
     "<class 'float'>": "a number",
     "<class 'int'>": "a whole number",
     "<class 'bool'>": "true or false",

@@ -1,6 +1,5 @@
 """gmscale doctor: what works on this machine, and what to do about the rest."""
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from gmscale import __version__
 from gmscale.environment import PACKAGES, commit, package_version
+from gmscale.errors import OneLineParser
 from gmscale.parallel import cores
 from gmscale.tracking import plain_console
 
@@ -41,7 +41,7 @@ class Finding:
 
 def main(argv: list[str]) -> int:
     """Print the findings; return 0 if everything that is not optional works, else 1."""
-    parser = argparse.ArgumentParser(prog="gmscale doctor", description=__doc__)
+    parser = OneLineParser(prog="gmscale doctor", description=__doc__)
     parser.add_argument("--dir", default=".", help="Directory in which runs will be written.")
     arguments = parser.parse_args(argv)
     console = plain_console()

@@ -1,8 +1,10 @@
 """The words of an error: one line that names what was wrong and the nearest valid choice."""
 
+import argparse
 import difflib
 import math
 from collections.abc import Iterable
+from typing import NoReturn
 
 
 class UsageError(ValueError):
@@ -11,6 +13,13 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on although it was asked for correctly: one line and exit status 1."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that raises UsageError, instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -45,6 +45,19 @@ def create(config: ModelConfig, num_classes: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
+def check_image_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Raise UsageError unless the model on the CPU takes square images of `image_size` pixels."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"model {name} cannot take images of data.image_size {image_size}: {reason}") from error
+    model.train(was_training)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the timm model inside DDP and torch.compile."""
     for attribute in ("module", "_orig_mod"):
@@ -54,7 +67,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return timm's optimizer over `model`; biases and norms have no weight decay."""
-    check_choice(config.opt.lower(), [str(name) for name in list_optimizers()], "optim.opt")
+    known = [str(name) for name in list_optimizers()]
+    if config.opt.lower() not in known:
+        raise UsageError(f"optim.opt: timm has no optimizer {config.opt!r}{nearest(config.opt, known)}")
     try:
         return create_optimizer_v2(
             unwrap(model),

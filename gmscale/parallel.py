@@ -38,6 +38,8 @@ class World:
     """Process group of CPU tensors, for decisions taken together; None in one process."""
     store: Any = None
     """Key-value store of the job, where a failing rank leaves its mark; None in one process."""
+    watch: "_Watch | None" = None
+    """Ends this process when another rank has failed."""
 
     @property
     def is_main(self) -> bool:
@@ -62,10 +64,11 @@ def init(config: ParallelConfig) -> World:
     torch.set_num_threads(config.threads or max(1, cores() // local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        if local_size > gpus:
             raise UsageError(
-                f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible); "
-                f"start at most that many processes a node, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+                f"{local_size} processes were started on a node with {gpus} visible GPUs; start at most one a GPU, "
+                f"or set CUDA_VISIBLE_DEVICES= to use the CPU"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -76,6 +79,8 @@ def init(config: ParallelConfig) -> World:
 def _join(world: World, config: ParallelConfig) -> World:
     timeout = timedelta(seconds=config.timeout_s)
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    # torchrun's restarts may share one store: addresses and failures of an earlier attempt are not this one's
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "nccl" if world.device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -86,12 +91,13 @@ def _join(world: World, config: ParallelConfig) -> World:
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if world.device.type == "cuda" else dist.group.WORLD
     world = replace(world, control=control, store=dist.PrefixStore("failure", store))
-    threading.Thread(target=_end_with_the_others, args=(world,), daemon=True).start()
-    return world
+    return replace(world, watch=_Watch(world))
 
 
 def shutdown(world: World) -> None:
     """Leave the process group."""
+    if world.watch is not None:
+        world.watch.stop()
     if world.backend == "ddp":
         dist.destroy_process_group()
 
@@ -122,6 +128,26 @@ def wrap(model: nn.Module, config: ParallelConfig, world: World) -> nn.Module:
         static_graph=config.static_graph,
         find_unused_parameters=config.find_unused_parameters,
     )
+
+
+def settle_buckets(model: nn.Module, image_size: int) -> None:
+    """Let DDP arrange its gradient buckets now, by a backward pass on black images that leaves no other trace.
+
+    By itself it would do so after the first steps of every start. A gradient's place in its bucket decides in which
+    order three or more ranks are summed, so the first steps after a resume would be rounded in another way than
+    those of an undisturbed run.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    device = next(model.parameters()).device
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2 if model.static_graph else 1):
+            model(torch.zeros(2, 3, image_size, image_size, device=device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
 
 # -- together ---------------------------------------------------------------------------------------------------
@@ -172,11 +198,14 @@ def together(world: World) -> Iterator[None]:
         raise error
 
 
-def announce_failure(world: World) -> None:
-    """Tell the other ranks that this one has failed and shows its error."""
-    if world.store is not None:
-        world.store.set(f"rank{world.rank}", "failed")
-        world.store.set("any", str(world.rank))
+def announce_failure(world: World) -> bool:
+    """Tell the other ranks that this one has failed; return whether it is the first, which shows its error."""
+    if world.store is None:
+        return True
+    world.store.set(f"rank{world.rank}", "failed")
+    first = world.store.add("failures", 1) == 1
+    world.store.set("any", str(world.rank))
+    return bool(first)
 
 
 def failed_elsewhere(world: World, wait_s: float = 3.0) -> bool:
@@ -197,16 +226,32 @@ def failed_elsewhere(world: World, wait_s: float = 3.0) -> bool:
     return False
 
 
-def _end_with_the_others(world: World) -> None:
-    """Watch for another rank's failure: a collective on a GPU may wait for it until its time-out."""
-    while True:
-        time.sleep(1.0)
-        try:
-            if world.store.check(["any"]) and not world.store.check([f"rank{world.rank}"]):
-                time.sleep(3.0)  # the main thread usually ends by itself, in order
+class _Watch:
+    """A thread that ends this process when another rank has failed.
+
+    Its collectives may wait for that rank until their time-out, on a GPU without ever returning to Python.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; left inside the store at interpreter exit it would abort the process."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        store = self._world.store
+        while not self._stopped.wait(1.0):
+            try:
+                failed = store.check(["any"]) and not store.check([f"rank{self._world.rank}"])
+            except Exception:  # the store's host is gone; the collectives will say so
+                return
+            if failed and not self._stopped.wait(3.0):  # the main thread usually ends by itself, in order
                 os._exit(1)
-        except Exception:
-            return
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------

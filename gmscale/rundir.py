@@ -25,11 +25,15 @@ def finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
     _check_writable(run_dir)
     if config.run.resume == "never" and (run_dir / "config.yaml").exists():
         raise UsageError(f"run.dir {run_dir} holds a run and run.resume is 'never'; choose another directory")
-    summary = run_dir / "summary.json"
-    if not summary.exists():
+    saved, summary = run_dir / "config.yaml", run_dir / "summary.json"
+    if not saved.exists():
+        if summary.exists():
+            raise UsageError(
+                f"run.dir {run_dir} holds a summary.json without config.yaml; choose another directory"
+            )
         return None
-    _refuse_changes(yaml.safe_load((run_dir / "config.yaml").read_text()), config, run_dir)
-    return json.loads(summary.read_text())
+    _refuse_changes(yaml.safe_load(saved.read_text()), config, run_dir)
+    return json.loads(summary.read_text()) if summary.exists() else None
 
 
 def begin(run_dir: Path, config: TrainConfig, world: World, attachment: Attachment | None) -> None:
@@ -77,7 +81,9 @@ def _refuse_changes(saved: dict[str, Any], config: TrainConfig, where: Path) -> 
     if changes:
         listed = "; ".join(f"{name} was {before!r} and is {value!r}" for name, before, value in changes[:3])
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise UsageError(f"{where} belongs to a run with other settings: {listed}{more}; choose another run.dir")
+        raise UsageError(
+            f"{where} belongs to a run with other settings: {listed}{more}; choose another run.dir, or remove it"
+        )
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -62,9 +62,11 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     total_steps = max(1, round(config.run.epochs * loader.steps_per_epoch))
     with parallel.together(world):
         bare = models.create(config.model, len(loader.classes))
+        models.check_image_size(bare, config.model.name, config.data.image_size)
         optimizer = models.optimizer(bare, config.optim)
         schedule = models.schedule(optimizer, config.optim, config.run.epochs, loader.steps_per_epoch)
     model = parallel.wrap(bare, config.parallel, world)
+    parallel.settle_buckets(model, config.data.image_size)
     with parallel.together(world):
         attachment = _attach(model, config, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.amp == "fp16")

@@ -6,6 +6,7 @@ import pytest
 
 from gmscale import doctor
 from gmscale.doctor import Finding
+from gmscale.errors import UsageError
 
 
 def test_a_healthy_machine_is_reported_as_such(tmp_path, capsys):
@@ -46,3 +47,8 @@ def test_a_missing_or_old_package_fails(monkeypatch, name):
 def test_a_full_disk_fails(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
     assert not doctor._writable(tmp_path).ok
+
+
+def test_an_unknown_flag_is_one_line():
+    with pytest.raises(UsageError, match="unrecognized arguments: --foo"):
+        doctor.main(["--foo"])

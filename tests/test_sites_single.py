@@ -136,7 +136,7 @@ def test_include_and_exclude_choose_by_name():
     assert touched(exclude=("0.*",)) == ["3.weight", "5.weight"]
     with pytest.raises(UsageError, match=r"matches no parameter; did you mean '3\.weight'"):
         touched(include=("3.weigth",))
-    with pytest.raises(UsageError, match="1-D parameters need mask.mask_1d"):
+    with pytest.raises(UsageError, match=r"1-D parameters need mask\.mask_1d"):
         touched(include=("1.*",))
 
 
