@@ -139,7 +139,7 @@ def _worker(options: argparse.Namespace) -> int:
     if world.is_main:
         Path(options.json).write_text(json.dumps(result))
     parallel.shutdown(world)
-    return 0
+    parallel.end_process(0)
 
 
 def _time(options: argparse.Namespace, world: World, images: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a checkpoint (start it again).
 """
 
+import atexit
 import os
 import sys
 import traceback
@@ -105,12 +106,12 @@ def _in_world(config: Any, body: Callable[[Any], int]) -> int:
     except BaseException as error:
         status = _explain_failure(error, world)
         if world.backend == "ddp":
-            # Not sys.exit: tearing down the process group could wait for ranks that wait for this one.
-            sys.stderr.flush()
-            sys.stdout.flush()
-            os._exit(status)
+            parallel.end_process(status)  # tearing down the group could wait for ranks that wait for this one
         return status
     parallel.shutdown(world)
+    if world.backend == "ddp":
+        atexit._run_exitfuncs()  # ends loader processes in order
+        parallel.end_process(status)
     return status
 
 

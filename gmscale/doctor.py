@@ -15,7 +15,7 @@ import torch.distributed as dist
 from gmscale import __version__
 from gmscale.environment import PACKAGES, commit, package_version
 from gmscale.errors import OneLineParser
-from gmscale.parallel import cores
+from gmscale.parallel import cores, end_process
 from gmscale.tracking import plain_console
 
 _EXTRAS = {
@@ -152,7 +152,7 @@ def _check_all_reduce(backend: str) -> None:
     dist.all_reduce(value)
     correct = bool((value == dist.get_world_size()).all())
     dist.destroy_process_group()
-    sys.exit(0 if correct else 1)
+    end_process(0 if correct else 1)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ have run without the mask does its work. What makes that survive DDP's ways:
 """
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with the types themselves.
+import atexit
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,6 +57,8 @@ class DDPAttachment(Attachment):
 
     def hook(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Mask the bucket's gradients in place and hand it to the wrapped hook."""
+        if bucket.buffer().device.type == "cpu":
+            _let_gloo_finish_at_exit()
         if self._active:
             share = 1.0 if bucket.is_last() else 0.0
             with torch.no_grad(), self._clock.running(bucket.buffer().device, share):
@@ -116,6 +121,14 @@ def mask_wrapper(hook: Hook, mask: GradientMask) -> Hook:
             "mask_wrapper is not told the step; use attach(..., hook=...) with a schedule or random mask"
         )
     return DDPAttachment(mask, None, hook, rank=0).hook
+
+
+@cache
+def _let_gloo_finish_at_exit() -> None:
+    # gloo's threads call the hook's Python callbacks and hold them a moment longer; if the interpreter ends first
+    # the process aborts (without this in 9 of 36 runs of a short script on torch 2.14, with it in none of 30).
+    # Sleeping lets them have the interpreter lock.
+    atexit.register(time.sleep, 0.2)
 
 
 def _gradients(bucket: dist.GradBucket) -> Iterator[tuple[Tensor, Tensor]]:

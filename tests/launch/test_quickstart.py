@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
     not list((ROOT / ".venv").glob("gmscale-*.stamp")), reason="launch/*.sh has not made .venv in this checkout"
 )
 def test_quickstart_trains_three_arms_and_names_the_report_and_the_next_commands(tmp_path):
-    shrunk = {"--seeds": "1", "--run.epochs": "0.2", "--data.size": "320"}
+    shrunk = {"--seeds": "1", "--run.epochs": "0.5", "--data.size": "320"}
     command = ["./launch/quickstart.sh", "--run.dir", str(tmp_path / "runs"), "--data.cache_dir", str(tmp_path)]
     for flag, value in shrunk.items():
         command += [flag, value]
