@@ -32,7 +32,7 @@ from gmscale.parallel import World
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
 _TENSOR = "__tensor__"
-_DIGITS = "__key__"  # JSON object keys are strings; the optimizer's are integers
+_INT_KEY = "__key__"  # JSON object keys are strings; the optimizer's are integers
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[key] = tree
         return {_TENSOR: key}
     if isinstance(tree, Mapping):
-        return {f"{_DIGITS}{k}" if isinstance(k, int) else k: pack(v, tensors) for k, v in tree.items()}
+        return {f"{_INT_KEY}{k}" if isinstance(k, int) else k: pack(v, tensors) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
         return [pack(v, tensors) for v in tree]
     if tree is None or isinstance(tree, bool | int | float | str):
@@ -190,7 +190,7 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         if _TENSOR in tree:
             return tensors[tree[_TENSOR]]
         return {
-            int(k.removeprefix(_DIGITS)) if k.startswith(_DIGITS) else k: unpack(v, tensors)
+            int(k.removeprefix(_INT_KEY)) if k.startswith(_INT_KEY) else k: unpack(v, tensors)
             for k, v in tree.items()
         }
     return [unpack(v, tensors) for v in tree] if isinstance(tree, list) else tree

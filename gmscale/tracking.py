@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,12 @@ class Tracker:
     def say(self, message: str) -> None:
         """Print a line above the live line."""
         self._console.print(message, highlight=False, markup=False)
+
+    def medians(self, *names: str) -> dict[str, float | None]:
+        """Return the median of each value over all training lines, also those from before a resume."""
+        records = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        values = {n: [r[n] for r in records if r["phase"] == "train" and r.get(n) is not None] for n in names}
+        return {name: statistics.median(found) if found else None for name, found in values.items()}
 
     def _show(self, phase: str, step: int, record: Mapping[str, Any]) -> None:
         if phase == "train":

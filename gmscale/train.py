@@ -7,7 +7,6 @@ configuration and of the checkpoint, so an interrupted run ends as an undisturbe
 """
 
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -91,7 +90,6 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     save_every = config.run.save_every_steps or eval_every
     batches = _steps(loader, start, total_steps)
     clock, began, saved_at = StepClock(), time.monotonic(), start
-    speed: list[dict[str, float]] = []
 
     def save(step: int) -> None:
         nonlocal saved_at
@@ -131,7 +129,6 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 values |= _mask_values(report, values["step_ms"]) | {
                     "memory_mb": parallel.peak_memory_mb(world.device)
                 }
-                speed.append(values)
                 if tracker:
                     tracker.log("train", step + 1, values)
             if due_eval:
@@ -164,10 +161,9 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
         "best_top1": state.best_top1,
         "ema_top1": averaged["top1"] if averaged else None,
         "wall_s": round(time.monotonic() - began, 3),
-        **{name: _median(speed, name) for name in ("images_per_s", "hook_ms", "hook_share")},
-        **{name: _median(speed, name) for name in ("kept_entries", "kept_energy")},
     }
-    if world.is_main:
+    if tracker:
+        summary |= tracker.medians("images_per_s", "hook_ms", "hook_share", "kept_entries", "kept_energy")
         evaluation.write_samples(bare, val_loader, config.data, run_dir / "samples")
         write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
     parallel.barrier(world)
@@ -259,8 +255,3 @@ def _layer_values(report: MaskReport) -> dict[str, dict[str, float]]:
         "kept_entries": {name: kept[0] for name, kept in report.layers.items()},
         "kept_energy": {name: kept[1] for name, kept in report.layers.items()},
     }
-
-
-def _median(records: list[dict[str, float]], name: str) -> float | None:
-    values = [r[name] for r in records if name in r]
-    return statistics.median(values) if values else None

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -34,7 +35,7 @@ class MaskReport:
     """Strength of the last step."""
 
 
-class Attachment:
+class Attachment(ABC):
     """A mask attached to a model: names what it touches, takes the step, reports, saves its state, detaches.
 
     The sites (`ddp`, `single`) are subclasses; they decide when `_mask` sees which gradient.
@@ -83,9 +84,9 @@ class Attachment:
                 residual.mul_(grad_scale / self._grad_scale)
             self._grad_scale = grad_scale
 
+    @abstractmethod
     def no_sync(self) -> AbstractContextManager[None]:
         """Context of the micro-batches before the last one of a step: gradients accumulate, unmasked."""
-        raise NotImplementedError
 
     # -- what was done --------------------------------------------------------------------------------------
     def report(self) -> MaskReport:
