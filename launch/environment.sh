@@ -22,7 +22,7 @@ find_python() {
 # What the environment was made from: when that changes, pip runs again.
 wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
 stamp=.venv/gmscale-$extras.stamp
-if ! cat "$stamp" .venv/gmscale-dev.stamp 2>/dev/null | grep -qx "$wanted"; then  # dev includes embedded
+if ! grep -qsx "$wanted" "$stamp" .venv/gmscale-dev.stamp; then  # dev includes embedded
   python=$(find_python) || exit $?
   [ -x .venv/bin/python ] || "$python" -m venv .venv || {
     echo "gmscale: error: $python cannot make a virtual environment; on Debian: apt install python3-venv" >&2
