@@ -49,7 +49,7 @@ def runs(config: TrainConfig, seeds: int) -> Iterator[TrainConfig]:
         for label, arm in arms(config).items():
             folder = Path(config.run.dir) / re.sub(r"\W+", "-", label) / f"seed-{seed}"
             run = replace(arm.run, seed=seed, dir=str(folder))
-            yield replace(arm, run=run, mask=replace(arm.mask, seed=seed))
+            yield replace(arm, run=run, mask=replace(arm.mask, seed=arm.mask.seed + seed))
 
 
 def compare(config: TrainConfig, seeds: int, world: World) -> bool:
@@ -125,4 +125,4 @@ def _caveats(config: TrainConfig, seeds: int) -> Iterator[str]:
         yield "Toy-sized: a tiny network on a small embedded data set. Nothing here carries over to ImageNet."
     yield "Uncontrolled: no arm's learning rate was tuned, which often explains more than a mask does."
     if seeds < ENOUGH_SEEDS:
-        yield f"{seeds} seeds are too few for evidence; take at least {ENOUGH_SEEDS}."
+        yield f"That is too few seeds for evidence; take at least {ENOUGH_SEEDS}."

@@ -104,6 +104,19 @@ def test_a_schedule_that_ends_sends_everything_it_held():
     assert not attachment.state_dict()["residuals"]
 
 
+def test_what_is_held_survives_a_non_finite_gradient_after_the_schedules_end():
+    model = make()
+    attachment = gmscale.attach(model, GradientMask(strength=1.0, end=0.5), site="single")
+    attachment.at(0, 4)
+    backward(model)
+    held = {name: r.clone() for name, r in attachment.state_dict()["residuals"].items()}
+    model.zero_grad()
+    attachment.at(3, 4)
+    (model(torch.ones(4, 3, 6, 6)).sum() * float("inf")).backward()
+    kept = attachment.state_dict()["residuals"]
+    assert torch.equal(kept["5.weight"], held["5.weight"])
+
+
 def test_a_mask_that_depends_on_time_asks_for_the_step():
     for mask in (GradientMask(warmup=0.1), GradientMask(operator="random")):
         model = make()

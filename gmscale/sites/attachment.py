@@ -160,8 +160,8 @@ class Attachment(ABC):
             generator=self._generator(name, gradient.device),
             observe=self._observe,
         )
-        if self._strength == 0 and residual is not None:
-            del self._residuals[name]  # all of it has just been sent
+        if self._strength == 0 and residual is not None and not residual.any():
+            del self._residuals[name]  # all of it has just been sent; a non-finite gradient would have kept it here
         if kept is not None:
             self._kept.setdefault(name, _Mean()).add(kept.entries, kept.energy)
 
@@ -197,8 +197,8 @@ class _Clock:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=_TIMED_CALLS)
         self._steps = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event, float]] = deque(maxlen=_TIMED_CALLS)
 
     @contextmanager
     def running(self, device: torch.device, share_of_step: float) -> Iterator[None]:
@@ -208,15 +208,17 @@ class _Clock:
             events[0].record()
             yield
             events[1].record()
-            self._events.append(events)
+            self._events.append((*events, share_of_step))
         else:
             start = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - start
-        self._steps += share_of_step
+            self._steps += share_of_step
 
     def milliseconds_a_step(self) -> float | None:
         if self._events:
             self._events[-1][1].synchronize()
-        total = 1e3 * self._seconds + sum(a.elapsed_time(b) for a, b in self._events)
-        return total / self._steps if self._steps > 0 else None
+        total = 1e3 * self._seconds + sum(a.elapsed_time(b) for a, b, _ in self._events)
+        # the events that are still held, and the steps that they belong to
+        steps = self._steps + sum(share for *_, share in self._events)
+        return total / steps if steps > 0 else None
