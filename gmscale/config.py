@@ -179,7 +179,7 @@ class TrainConfig:
         """Label of this run in comparisons."""
         if self.run.arm:
             return self.run.arm
-        return f"{self.mask.operator} {self.mask.strength:g}" if self.mask.enabled else "no mask"
+        return f"{self.mask.operator} {self.mask.peak_strength:g}" if self.mask.enabled else "no mask"
 
     def to_yaml(self) -> str:
         """Return the resolved configuration, readable by `--config` again."""

@@ -2,7 +2,7 @@
 
 Every operator returns a *response* r whose sign decides: a unit is kept unless its response lies below
 -TOLERANCE times the largest entry of the map, so a flat neighbourhood, whose response is zero up to
-rounding, inhibits nothing.
+rounding, inhibits nothing. A map is the last two dimensions; those before them are maps of their own.
 """
 
 import math
@@ -20,36 +20,37 @@ TOLERANCE = 1e-6
 def has_contrast(s: Tensor) -> bool | Tensor:
     """Return whether a map is neither constant, one entry, all zero nor non-finite (laws 4 and 7).
 
-    A bool on CPU; elsewhere a 0-d tensor, because reading it would make the host wait for the device.
+    A bool for one map on CPU; else a tensor [..., 1, 1], on a GPU because reading it would make the host wait.
     """
-    low, high = torch.aminmax(s)
-    if s.device.type == "cpu":
+    if s.device.type == "cpu" and s.ndim == 2:
+        low, high = torch.aminmax(s)
         lowest, highest = low.item(), high.item()
         return math.isfinite(highest) and highest - lowest > TOLERANCE * highest
-    return high - low > TOLERANCE * high
+    lows, highs = s.amin((-2, -1), keepdim=True), _largest(s)
+    return highs - lows > TOLERANCE * highs
 
 
 def hard_gate(response: Tensor, s: Tensor) -> Tensor:
     """Return m = 1 where the response is not negative (beyond rounding), else 0."""
-    return (response >= -TOLERANCE * s.amax()).to(s.dtype)
+    return (response >= -TOLERANCE * _largest(s)).to(s.dtype)
 
 
 def pool_response(s: Tensor, kappa: float) -> Tensor:
     """Each unit against the mean of its peers: r = s - kappa * mean(s)."""
-    return s - kappa * s.mean()
+    return s - kappa * s.mean((-2, -1), keepdim=True)
 
 
 def pool_soft(s: Tensor, kappa: float) -> Tensor:
     """Divisive normalisation: m = s^2 / (s^2 + kappa^2 * mean(s^2)) (Heeger 1992)."""
-    energy = (s / s.amax()).square_()  # relative to the largest unit, so that tiny gradients do not underflow
-    return energy / (energy + kappa**2 * energy.mean())
+    energy = (s / _largest(s)).square_()  # relative to the largest unit, so that tiny gradients do not underflow
+    return energy / (energy + kappa**2 * energy.mean((-2, -1), keepdim=True))
 
 
 def centre_surround(s: Tensor, kernel: Tensor) -> Tensor:
-    """Correlate the map [rows, cols] with a centre-positive kernel under reflect padding."""
-    half = kernel.shape[-1] // 2
-    padded = _reflect_pad(s, half)
-    return F.conv2d(padded[None, None], kernel.to(s)[None, None])[0, 0]
+    """Correlate the map [..., rows, cols] with a centre-positive kernel under reflect padding."""
+    padded = _reflect_pad(s, kernel.shape[-1] // 2)
+    maps = padded.reshape(-1, 1, *padded.shape[-2:])
+    return F.conv2d(maps, kernel.to(s)[None, None]).view(s.shape)
 
 
 def licnn_response(s: Tensor, zone: int, a: float, b: float) -> Tensor:
@@ -58,20 +59,21 @@ def licnn_response(s: Tensor, zone: int, a: float, b: float) -> Tensor:
     inhibition = a * exp(-mean of the zone) + b * sum over the zone of d * exp(-d) * relu(x_uv - x_centre),
     with d the distance from the centre divided by the zone's width.
     """
-    x = s / torch.linalg.vector_norm(s)
+    length = _length(s)
+    x = s / length
     half = zone // 2
     padded = _reflect_pad(x, half)
     mean, difference = torch.zeros_like(x), torch.zeros_like(x)
-    rows, cols = x.shape
+    rows, cols = x.shape[-2:]
     for u in range(zone):
         for v in range(zone):
-            neighbour = padded[u : u + rows, v : v + cols]
+            neighbour = padded[..., u : u + rows, v : v + cols]
             mean += neighbour
             d = math.hypot(u - half, v - half) / zone
             difference.add_(F.relu(neighbour - x), alpha=d * math.exp(-d))
     inhibition = a * torch.exp(-mean / zone**2) + b * difference
     # Scaled back to s, because hard_gate measures its tolerance against the map itself.
-    return (x - inhibition / torch.linalg.vector_norm(inhibition)) * torch.linalg.vector_norm(s)
+    return (x - inhibition / _length(inhibition)) * length
 
 
 @lru_cache(maxsize=64)
@@ -125,6 +127,14 @@ def paper_kernel(sigma: float) -> Tensor:
     return kernel / kernel.abs().sum()
 
 
+def _largest(s: Tensor) -> Tensor:
+    return s.amax((-2, -1), keepdim=True)
+
+
+def _length(s: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(s, dim=(-2, -1), keepdim=True)
+
+
 def _half_width(widest_sigma: float, kernel_size: int | None) -> int:
     return math.ceil(3 * widest_sigma) if kernel_size is None else (kernel_size - 1) // 2
 
@@ -146,8 +156,9 @@ def _lost_lobe(operator: str, sigma: float, kernel_size: int | None) -> UsageErr
 
 
 def _reflect_pad(s: Tensor, half: int) -> Tensor:
-    """Pad both axes as numpy.pad(mode='reflect') does, also where the pad exceeds the map."""
-    return s[_reflected(s.shape[0], half, s.device)][:, _reflected(s.shape[1], half, s.device)]
+    """Pad the last two axes as numpy.pad(mode='reflect') does, also where the pad exceeds the map."""
+    rows, cols = (_reflected(n, half, s.device) for n in s.shape[-2:])
+    return s.index_select(-2, rows).index_select(-1, cols)
 
 
 def _reflected(n: int, half: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from gmscale.masking.schedule import Ramp, strength_at
 Operator = Literal["pool", "log", "dog", "licnn", "random"]
 Inhibition = Literal["pool", "log", "dog", "licnn"]
 Gate = Literal["hard", "soft"]
+Agreement = Literal["local", "consensus"]
 
 # The settings that only some operators read; setting one for another operator warns.
 _READ_BY = {
@@ -49,8 +50,10 @@ class GradientMask:
 
     operator: Operator = "pool"
     """Inhibition: pool (order-free), log, dog, licnn (neighbourhoods), random (control of equal density)."""
-    strength: float = 0.5
-    """How far inhibited units are damped: 0 is the identity, 1 removes them."""
+    agreement: Agreement = "local"
+    """local: each rank masks by its own gradient; consensus (site ddp): all by the mean of their lateral maps."""
+    strength: float | None = None
+    """How far inhibited units are damped: 0 is the identity, 1 removes them; unset means 0.5, with consensus 1."""
     gate: Gate = "hard"
     """pool only: hard keeps units above kappa times the mean; soft is divisive normalisation."""
     kappa: float | None = None
@@ -103,9 +106,12 @@ class GradientMask:
 
     def __post_init__(self) -> None:
         choices = {"operator": Operator, "gate": Gate, "random_like": Inhibition, "norm": Norm, "ramp": Ramp}
+        choices["agreement"] = Agreement
         for name, literal in choices.items():
             check_choice(getattr(self, name), get_args(literal), f"mask.{name}")
-        for name in ("strength", "start", "end", "warmup", "cooldown"):
+        if self.strength is not None:
+            check_range(self.strength, "mask.strength", 0, 1)
+        for name in ("start", "end", "warmup", "cooldown"):
             check_range(getattr(self, name), f"mask.{name}", 0, 1)
         if self.kappa is not None:
             check_range(self.kappa, "mask.kappa", 0, open_low=True)
@@ -164,6 +170,14 @@ class GradientMask:
                 )
 
     @property
+    def peak_strength(self) -> float:
+        """The strength where the schedule has it in full."""
+        if self.strength is not None:
+            return self.strength
+        # Consensus saves bytes only where nothing of an inhibited unit travels; error feedback holds it back.
+        return 1.0 if self.agreement == "consensus" else 0.5
+
+    @property
     def is_scheduled(self) -> bool:
         """Whether the strength changes over training."""
         return (self.start, self.end, self.warmup, self.cooldown) != (0.0, 1.0, 0.0, 0.0)
@@ -176,22 +190,21 @@ class GradientMask:
     def strength_at(self, step: int, total_steps: int) -> float:
         """Return the scheduled strength for `step` of `total_steps`."""
         return strength_at(
-            step / total_steps, self.strength, self.start, self.end, self.warmup, self.cooldown, self.ramp
+            step / total_steps, self.peak_strength, self.start, self.end, self.warmup, self.cooldown, self.ramp
         )
 
     def keep_map(self, s: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the keep map m in [0, 1] of a lateral map s >= 0 [rows, cols]; same shape and dtype.
 
         A map without contrast (constant, one entry, non-finite) inhibits nothing: m = 1. `generator`
-        drives the random operator and lives on the device of s.
+        drives the random operator and lives on the device of s. Maps may be stacked: s [..., rows, cols].
         """
         contrast = inhibition.has_contrast(s)
         if contrast is False:
             return torch.ones_like(s)
         m = self._inhibit(s)
         if self.operator == "random":
-            order = torch.randperm(m.numel(), generator=generator, device=m.device)
-            m = m.flatten()[order].view_as(m)
+            m = _shuffled(m, generator)
         return m if contrast is True else torch.where(contrast, m, 1.0)
 
     def apply(
@@ -202,7 +215,7 @@ class GradientMask:
         `strength` defaults to the mask's own. Every entry is multiplied by a factor in [1 - strength, 1],
         so NaN and inf stay visible (laws 3 and 4).
         """
-        strength = self.strength if strength is None else strength
+        strength = self.peak_strength if strength is None else strength
         check_range(strength, "strength", 0, 1)
         masked = gradient.clone()
         self.apply_(masked, strength=strength, generator=generator)
@@ -280,6 +293,16 @@ class GradientMask:
         energy = torch.linalg.vector_norm(m * s) / torch.linalg.vector_norm(s)
         # A zero gradient has no energy to lose.
         return Kept(entries / total.numel(), torch.nan_to_num(energy.square(), nan=1.0))
+
+
+def _shuffled(m: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return each map [rows, cols] of m with its entries in random order."""
+    maps = m.flatten(-2).reshape(-1, m.shape[-2] * m.shape[-1])
+    if len(maps) == 1:
+        order = torch.randperm(maps.shape[1], generator=generator, device=m.device)[None]
+    else:
+        order = torch.rand(maps.shape, generator=generator, device=m.device).argsort(1)
+    return maps.gather(1, order).view(m.shape)
 
 
 def _send_and_hold(

@@ -55,7 +55,10 @@ class Run:
             return str(arm)
         if not self.masked:
             return NO_MASK
-        return f"{self.setting('mask.operator', 'mask')} {float(self.setting('mask.strength', 1)):g}"
+        strength = self.setting("mask.strength")
+        if strength is None:  # GradientMask.peak_strength, which needs torch
+            strength = 1.0 if self.setting("mask.agreement") == "consensus" else 0.5
+        return f"{self.setting('mask.operator', 'mask')} {float(strength):g}"
 
     @property
     def finished(self) -> bool:

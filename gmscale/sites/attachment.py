@@ -4,7 +4,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,7 @@ class Attachment(ABC):
         self._rank = rank
         self._active = True
         self._step: int | None = None
-        self._strength: float | None = None if mask.needs_time else mask.strength
+        self._strength: float | None = None if mask.needs_time else mask.peak_strength
         self._grad_scale = 1.0
         self._observe = True
         self._residuals: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ class Attachment(ABC):
         elif self.mask.is_scheduled:
             raise UsageError("this mask has a schedule: call attachment.at(step, total_steps)")
         else:
-            self._strength = self.mask.strength
+            self._strength = self.mask.peak_strength
         if grad_scale != self._grad_scale:
             for residual in self._residuals.values():
                 residual.mul_(grad_scale / self._grad_scale)
@@ -143,8 +143,12 @@ class Attachment(ABC):
         self._residuals = {}
 
     # -- for the sites --------------------------------------------------------------------------------------
+    def _mask_all(self, gradients: Sequence[tuple[str, Tensor]]) -> None:
+        """Mask gradients, named as in `touched`, in place."""
+        for name, gradient in gradients:
+            self._mask(name, gradient)
+
     def _mask(self, name: str, gradient: Tensor) -> None:
-        """Mask one gradient in place."""
         if self._strength is None:
             raise UsageError(
                 f"the mask depends on time (schedule or random operator): call attachment.at(step, total_steps) "

@@ -62,10 +62,8 @@ class DDPAttachment(Attachment):
         if self._active:
             share = 1.0 if bucket.is_last() else 0.0
             with torch.no_grad(), self._clock.running(bucket.buffer().device, share):
-                for parameter, gradient in _gradients(bucket):
-                    name = self._name_of(parameter)
-                    if name is not None:
-                        self._mask(name, gradient)
+                named = ((self._name_of(parameter), gradient) for parameter, gradient in _gradients(bucket))
+                self._mask_all([(name, gradient) for name, gradient in named if name is not None])
             if bucket.is_last() and not self.touched:
                 raise UsageError("the mask touches nothing: no parameter of this model has two dimensions or more")
         return self._inner(state, bucket)

@@ -49,7 +49,7 @@ class SingleAttachment(Attachment):
                 return
             assert parameter.grad is not None
             with self._clock.running(parameter.device, share_of_step):
-                self._mask(name, parameter.grad)
+                self._mask_all([(name, parameter.grad)])
 
         return hook
 

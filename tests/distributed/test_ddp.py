@@ -108,11 +108,11 @@ def largest_difference(rank: int, ddp_options: dict, settings: dict, variant: di
 
 
 def oracle_apply(g: np.ndarray, mask: GradientMask) -> np.ndarray:
-    return oracle.apply(g, mask.strength, **oracle_settings(mask))
+    return oracle.apply(g, mask.peak_strength, **oracle_settings(mask))
 
 
 def oracle_feedback(g: np.ndarray, held: np.ndarray, mask: GradientMask) -> tuple[np.ndarray, np.ndarray]:
-    return oracle.error_feedback(g, held, mask.strength, **oracle_settings(mask))
+    return oracle.error_feedback(g, held, mask.peak_strength, **oracle_settings(mask))
 
 
 def oracle_settings(mask: GradientMask) -> dict:
