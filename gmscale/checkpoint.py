@@ -14,7 +14,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from gmscale import parallel
 from gmscale.errors import RunError, UsageError
 from gmscale.parallel import World
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8})")
 _TENSOR = "__tensor__"
 _INT_KEY = "__key__"  # JSON object keys are strings; the optimizer's are integers
@@ -40,7 +40,7 @@ def save(
     run_dir: Path,
     step: int,
     *,
-    model: nn.Module,
+    weights: Mapping[str, Tensor],
     ema: nn.Module | None,
     shared: Mapping[str, Any],
     per_rank: Mapping[str, Any],
@@ -50,8 +50,8 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step`, which must not exist, and remove all but the newest `keep`; on every rank.
 
-    `shared` and `optimizer` are taken from rank 0; `per_rank` is saved for each. They are trees of dicts,
-    lists, tuples, numbers, strings and tensors.
+    `weights`, `shared` and `optimizer` are taken from rank 0; `per_rank` is saved for each. They are trees of
+    dicts, lists, tuples, numbers, strings and tensors.
     """
     folder = run_dir / "checkpoints"
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
@@ -65,7 +65,7 @@ def save(
         own_tree = pack(per_rank, own)
         _save_tensors(own, temporary / f"rank-{world.rank:05d}.safetensors", json.dumps(own_tree))
         if world.is_main:
-            _save_tensors(model.state_dict(), temporary / "model.safetensors")
+            _save_tensors(weights, temporary / "model.safetensors")
             if ema is not None:
                 _save_tensors(ema.state_dict(), temporary / "model_ema.safetensors")
             tensors: dict[str, Tensor] = {}
@@ -112,20 +112,20 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(path: Path, model: nn.Module, ema: nn.Module | None) -> None:
-    """Load the model's and the average's weights of a checkpoint."""
-    for module, name in ((model, "model"), (ema, "model_ema")):
-        if module is not None:
-            try:
-                module.load_state_dict(_load_tensors(path / f"{name}.safetensors")[0])
-            except RuntimeError as error:
-                raise UsageError(f"{path / name}.safetensors: {' '.join(str(error).split())[:300]}") from None
+def load_weights(path: Path, load: Callable[[Mapping[str, Tensor]], Any], name: str = "model") -> None:
+    """Hand the weights of a checkpoint (`model`, or the averaged `model_ema`) to `load`, a load_state_dict."""
+    file = path / f"{name}.safetensors"
+    tensors, _ = _load_tensors(file)
+    try:
+        load(tensors)
+    except RuntimeError as error:
+        raise UsageError(f"{file}: {' '.join(str(error).split())[:300]}") from None
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state."""
+def optimizer_state(path: Path) -> Any:
+    """Return the tree saved as `optimizer`."""
     tensors, _ = _load_tensors(path / "optimizer.safetensors")
-    optimizer.load_state_dict(unpack(read(path)["optimizer"], tensors))
+    return unpack(read(path)["optimizer"], tensors)
 
 
 def load_rank(path: Path, world: World) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from gmscale.data import DataConfig
 from gmscale.errors import UsageError, check_keys, check_range, nearest
 from gmscale.masking import GradientMask
+from gmscale.masking.mask import Operator
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -42,6 +43,8 @@ class RunConfig:
     """Steps between two checkpoints; 0 saves at every evaluation."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are removed after a new one is complete."""
+    probe_every: int = 0
+    """Steps between two probes of gradient quality, each of two steps; 0 is off."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest checkpoint in dir; never refuses a directory that holds a run."""
     deterministic: bool = True
@@ -54,6 +57,8 @@ class RunConfig:
         check_range(self.eval_every_epochs, "run.eval_every_epochs", 0, open_low=True)
         check_range(self.save_every_steps, "run.save_every_steps", 0)
         check_range(self.keep_checkpoints, "run.keep_checkpoints", 1)
+        if self.probe_every != 0:
+            check_range(self.probe_every, "run.probe_every", 2)
         if not self.dir:
             raise UsageError("run.dir is empty; expected the path of the run directory")
 
@@ -74,6 +79,8 @@ class ModelConfig:
     """Stochastic depth, for models that have it."""
     channels_last: bool = True
     """Keep weights and activations in channels_last memory."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them (timm's blocks)."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, which is evaluated too; 0 is off."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -134,16 +141,49 @@ class MaskConfig(GradientMask):
 
     enabled: bool = True
     """Attach the mask; off is the plain run, bit for bit."""
-    site: Literal["auto", "ddp", "single"] = "auto"
-    """Where the mask acts; auto is ddp under torchrun and single in one process."""
+    site: Literal["auto", "ddp", "deepspeed", "fsdp2", "single"] = "auto"
+    """Where the mask meets the weight gradients; auto is the site of parallel.backend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(GradientMask):
+    """A gradient mask of layer outputs (the paper's site), beside or instead of the one of weights."""
+
+    enabled: bool = False
+    """Attach a mask to layer outputs."""
+    layers: list[str] = field(default_factory=list)
+    """Type names (ReLU), patterns of module names (layer3.*) or stages (stages, stage2); empty: by model."""
+    sigmas: dict[str, float] = field(default_factory=dict)
+    """log and dog: sigma of layers by the same words, such as '{stage0: 2.0, stage3: 0.8}'."""
+    operator: Operator = "log"
+    """Inhibition: log, dog, licnn (neighbourhoods), pool (order-free), random (control of equal density)."""
+    strength: float | None = 0.25
+    """How far inhibited positions are damped: 0 is the identity, 1 removes them."""
+    start: float = 0.1
+    """Share of training before which the mask is off."""
+    end: float = 0.65
+    """Share of training from which the mask is off again."""
+    error_feedback: bool = False
+    """Not for layer outputs: the next step's outputs are of other images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.error_feedback:
+            raise UsageError("output.error_feedback is true; what layer outputs hold back belongs to no later step")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Processes and how they talk."""
 
-    backend: Literal["auto", "single", "ddp"] = "auto"
+    backend: Literal["auto", "single", "ddp", "deepspeed", "fsdp2"] = "auto"
     """auto is ddp under torchrun, else single."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """deepspeed: what ZeRO partitions (1 optimizer state, 2 also gradients, 3 also weights)."""
+    overlap_comm: bool = True
+    """deepspeed: reduce gradients while the backward pass goes on."""
+    reshard_after_forward: bool = True
+    """fsdp2: free the gathered weights after the forward pass and gather them again for the backward pass."""
     timeout_s: float = 600.0
     """Seconds a collective may take before it is an error."""
     threads: int = 0
@@ -172,6 +212,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
@@ -179,7 +220,13 @@ class TrainConfig:
         """Label of this run in comparisons."""
         if self.run.arm:
             return self.run.arm
-        return f"{self.mask.operator} {self.mask.peak_strength:g}" if self.mask.enabled else "no mask"
+        parts = []
+        if self.mask.enabled:
+            agreement = "" if self.mask.agreement == "local" else f" {self.mask.agreement}"
+            parts.append(f"{self.mask.operator} {self.mask.peak_strength:g}{agreement}")
+        if self.output.enabled:
+            parts.append(f"output {self.output.operator} {self.output.peak_strength:g}")
+        return " + ".join(parts) or "no mask"
 
     def to_yaml(self) -> str:
         """Return the resolved configuration, readable by `--config` again."""

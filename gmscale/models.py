@@ -42,6 +42,10 @@ def create(config: ModelConfig, num_classes: int) -> nn.Module:
         )
     except (TypeError, RuntimeError, OSError) as error:
         raise UsageError(f"model {config.name}: {' '.join(str(error).split())[:300]}") from error
+    if config.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise UsageError(f"model.grad_checkpointing is true, but {config.name} does not offer it")
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 

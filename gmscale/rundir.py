@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,27 +37,28 @@ def finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
     return json.loads(summary.read_text()) if summary.exists() else None
 
 
-def begin(run_dir: Path, config: TrainConfig, world: World, attachment: Attachment | None) -> None:
+def begin(run_dir: Path, config: TrainConfig, world: World, attachments: Mapping[str, Attachment]) -> None:
     """Write config.yaml, environment.json and touched.json."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", config.to_yaml())
         write_atomically(run_dir / "environment.json", json.dumps(environment.describe(world), indent=1))
-        if attachment is not None:
-            write_atomically(run_dir / "touched.json", json.dumps(attachment.describe(), indent=1))
+        if attachments:
+            described = {name: attachment.describe() for name, attachment in attachments.items()}
+            write_atomically(run_dir / "touched.json", json.dumps(described, indent=1))
     except OSError as error:
         raise UsageError(f"run.dir {run_dir} cannot be written: {error.strerror}") from None
 
 
 def identity(
-    config: TrainConfig, world: World, loader: TrainLoader, attachment: Attachment | None
+    config: TrainConfig, world: World, loader: TrainLoader, attachments: Mapping[str, Attachment]
 ) -> dict[str, Any]:
     """Return what a checkpoint records of its run, for `check_identity` when it is resumed."""
     return {
         "config": asdict(config),
         "world_size": world.size,
         "data": loader.index.fingerprint,
-        "touched": [t.name for t in attachment.touched] if attachment else [],
+        "touched": {name: [t.name for t in a.touched] for name, a in attachments.items()},
     }
 
 
@@ -79,11 +81,15 @@ def check_identity(path: Path, now: dict[str, Any], config: TrainConfig) -> None
 def _refuse_changes(saved: dict[str, Any], config: TrainConfig, where: Path) -> None:
     changes = changed_on_resume(saved, config)
     if changes:
-        listed = "; ".join(f"{name} was {before!r} and is {value!r}" for name, before, value in changes[:3])
+        listed = "; ".join(f"{name} was {_shown(before)} and is {_shown(value)}" for name, before, value in changes[:3])
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise UsageError(
             f"{where} belongs to a run with other settings: {listed}{more}; choose another run.dir, or remove it"
         )
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else repr(value)
 
 
 def _check_writable(run_dir: Path) -> None:

@@ -8,7 +8,7 @@ configuration and of the checkpoint, so an interrupted run ends as an undisturbe
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +17,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from timm.utils import ModelEmaV3, random_seed
-from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gmscale import checkpoint, data, evaluation, models, parallel, rundir
-from gmscale.config import OptimConfig, TrainConfig
+from gmscale.config import TrainConfig
 from gmscale.data import Batch, TrainLoader, ValLoader
-from gmscale.parallel import StopRequest, World
+from gmscale.errors import UsageError
+from gmscale.parallel import StopRequest, World, Wrapped
 from gmscale.sites import Attachment, MaskReport, attach
 from gmscale.tracking import StepClock, Tracker, plain_console, write_atomically
 from gmscale.training_state import Meter, TrainingState
-
-_AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,16 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     with parallel.together(world):
         bare = models.create(config.model, len(loader.classes))
         models.check_image_size(bare, config.model.name, config.data.image_size)
-        optimizer = models.optimizer(bare, config.optim)
-        schedule = models.schedule(optimizer, config.optim, config.run.epochs, loader.steps_per_epoch)
-    model = parallel.wrap(bare, config.parallel, world)
-    parallel.settle_buckets(model, config.data.image_size)
+    wrapped = parallel.wrap(bare, lambda model: models.optimizer(model, config.optim), config, world)
     with parallel.together(world):
-        attachment = _attach(model, config, world)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.optim.amp == "fp16")
-    ema = ModelEmaV3(bare, decay=config.model.ema_decay) if config.model.ema_decay > 0 else None
-    state = TrainingState(bare, model, attachment, optimizer, scaler, ema, Meter(world.device))
+        schedule = models.schedule(wrapped.optimizer, config.optim, config.run.epochs, loader.steps_per_epoch)
+        attachment, output_attachment = _attach(wrapped, config, world)
+        ema = _average(wrapped, config)
+    state = TrainingState(wrapped, attachment, output_attachment, ema, Meter(world.device))
 
     # -- resume, or begin -------------------------------------------------------------------------------------
     start = 0
-    identity = rundir.identity(config, world, loader, attachment)
+    identity = rundir.identity(config, world, loader, state.attachments)
     with parallel.together(world):
         newest = checkpoint.latest(run_dir)
         if newest is not None:
@@ -82,7 +76,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             start = state.restore(newest, world)
     with parallel.together(world):
         if world.is_main:
-            rundir.begin(run_dir, config, world, attachment)
+            rundir.begin(run_dir, config, world, state.attachments)
     tracker = (
         Tracker(run_dir, config.arm, total_steps, config.run.epochs, start, console) if world.is_main else None
     )
@@ -90,6 +84,9 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     save_every = config.run.save_every_steps or eval_every
     batches = _steps(loader, start, total_steps)
     clock, began, saved_at = StepClock(), time.monotonic(), start
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        return evaluation.evaluate(model, val_loader, config.data, world, lockstep=wrapped.lockstep)
 
     def save(step: int) -> None:
         nonlocal saved_at
@@ -115,41 +112,41 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 micro_batches = next(batches)
             if schedule is not None:
                 schedule.step_update(step)
-            if attachment is not None:
-                attachment.at(step, total_steps, grad_scale=scaler.get_scale(), observe=due_log)
+            for mask in state.attachments.values():
+                mask.at(step, total_steps, grad_scale=wrapped.loss_scale(), observe=due_log)
             grad_norm = train_step(state, micro_batches, config, world)
             if ema is not None:
                 ema.update(bare, step=step)
 
             if due_log:
-                report = attachment.report() if attachment else None
+                reports = {name: mask.report() for name, mask in state.attachments.items()}
                 values = state.meter.values(world) | clock.values(loader.global_batch_size)
-                values["lr"] = optimizer.param_groups[0]["lr"]
+                values["lr"] = wrapped.optimizer.param_groups[0]["lr"]
                 values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
-                values |= _mask_values(report, values["step_ms"]) | {
-                    "memory_mb": parallel.peak_memory_mb(world.device)
-                }
+                values |= _mask_values(reports, values["step_ms"])
+                values["memory_mb"] = parallel.peak_memory_mb(world.device)
                 if tracker:
                     tracker.log("train", step + 1, values)
             if due_eval:
                 with clock.paused():
-                    result = evaluation.evaluate(bare, val_loader, config.data, world)
-                    averaged = evaluation.evaluate(ema.module, val_loader, config.data, world) if ema else None
+                    result = validate(wrapped.eval_model)
+                    averaged = validate(ema.module) if ema else None
                 state.best_top1 = max(state.best_top1, result["top1"])
                 if tracker:
                     tracker.log("validation", step + 1, result)
                     if averaged:
                         tracker.log("validation_ema", step + 1, averaged)
-                    if report:
-                        tracker.log("layers", step + 1, _layer_values(report))
+                    if reports:
+                        tracker.log("layers", step + 1, _layer_values(reports))
             if last or (step + 1) % save_every == 0:
                 with clock.paused():
                     save(step + 1)
 
     # -- the end: summary.json last, its presence means finished -------------------------------------------------
     if start == total_steps:  # killed between the last checkpoint and the summary
-        result = evaluation.evaluate(bare, val_loader, config.data, world)
-        averaged = evaluation.evaluate(ema.module, val_loader, config.data, world) if ema else None
+        result = validate(wrapped.eval_model)
+        averaged = validate(ema.module) if ema else None
+    pictured = _replica(wrapped, config, len(loader.classes)) if wrapped.lockstep else wrapped.eval_model
     summary = {
         "arm": config.arm,
         "seed": config.run.seed,
@@ -164,7 +161,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     }
     if tracker:
         summary |= tracker.medians("images_per_s", "hook_ms", "hook_share", "kept_entries", "kept_energy")
-        evaluation.write_samples(bare, val_loader, config.data, run_dir / "samples")
+        evaluation.write_samples(pictured, val_loader, config.data, run_dir / "samples")
         write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
     parallel.barrier(world)
     return Outcome(summary)
@@ -174,42 +171,22 @@ def train_step(
     state: TrainingState, micro_batches: list[Batch], config: TrainConfig, world: World
 ) -> Tensor | None:
     """Do one optimizer step on this rank's micro-batches; return the gradient norm if clipping by norm is on."""
-    optim, amp_type = config.optim, _AMP_TYPES[config.optim.amp]
-    state.model.train()
-    state.optimizer.zero_grad(set_to_none=True)
+    wrapped = state.wrapped
+    wrapped.model.train()
+    wrapped.zero_grad()
     for i, batch in enumerate(micro_batches):
         images = batch.images.to(world.device, non_blocking=True)
         labels = batch.labels.to(world.device, non_blocking=True)
         images = data.normalize(images, config.data.mean, config.data.std)
         last = i + 1 == len(micro_batches)
-        with nullcontext() if last else _no_sync(state):  # the last backward pass masks and reduces
-            with torch.autocast(world.device.type, amp_type, enabled=amp_type is not None):
-                logits = state.model(images)
-                loss = nn.functional.cross_entropy(logits, labels, label_smoothing=optim.label_smoothing)
-            # the mean over the global batch: this divides by the micro-batches, DDP by the world size
-            state.scaler.scale(loss / len(micro_batches)).backward()
+        with nullcontext() if last else state.no_sync():  # the last backward pass masks and reduces
+            with torch.autocast(world.device.type, wrapped.autocast, enabled=wrapped.autocast is not None):
+                logits = wrapped.model(images)
+                loss = nn.functional.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
+            # the mean over the global batch: this divides by the micro-batches, the back-end by the world size
+            wrapped.backward(loss / len(micro_batches))
         state.meter.add(loss.detach(), logits.detach(), labels)
-    state.scaler.unscale_(state.optimizer)
-    grad_norm = _clip(state.bare, optim)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    return grad_norm
-
-
-def _clip(model: nn.Module, optim: OptimConfig) -> Tensor | None:
-    if optim.clip_grad == 0:
-        return None
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    if optim.clip_mode == "norm":
-        return torch.nn.utils.clip_grad_norm_(parameters, optim.clip_grad)
-    dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
-    return None
-
-
-def _no_sync(state: TrainingState) -> Any:
-    if state.attachment is not None:
-        return state.attachment.no_sync()
-    return state.model.no_sync() if isinstance(state.model, DistributedDataParallel) else nullcontext()
+    return wrapped.step()
 
 
 def _loaders(config: TrainConfig, world: World) -> tuple[TrainLoader, ValLoader]:
@@ -227,11 +204,36 @@ def _loaders(config: TrainConfig, world: World) -> tuple[TrainLoader, ValLoader]
     return loaders
 
 
-def _attach(model: nn.Module, config: TrainConfig, world: World) -> Attachment | None:
-    if not config.mask.enabled:
+def _attach(wrapped: Wrapped, config: TrainConfig, world: World) -> tuple[Attachment | None, Attachment | None]:
+    """Return the masks of the weight gradients and of the layer outputs that the configuration asks for."""
+    weights = outputs = None
+    if config.mask.enabled:
+        site = world.backend if config.mask.site == "auto" else config.mask.site
+        weights = attach(wrapped.model, config.mask, site)
+    if config.output.enabled:
+        layers, sigmas = config.output.layers or None, config.output.sigmas or None
+        outputs = attach(wrapped.model, config.output, "output", layers=layers, sigmas=sigmas)
+    return weights, outputs
+
+
+def _average(wrapped: Wrapped, config: TrainConfig) -> ModelEmaV3 | None:
+    if config.model.ema_decay == 0:
         return None
-    site = {"ddp": "ddp", "single": "single"}[world.backend] if config.mask.site == "auto" else config.mask.site
-    return attach(model, config.mask, site)
+    if wrapped.lockstep:
+        raise UsageError(
+            "model.ema_decay needs the whole weights on every rank, which this back-end shards; set it to 0, or "
+            "take parallel.backend ddp or a lower parallel.zero_stage"
+        )
+    return ModelEmaV3(wrapped.bare, decay=config.model.ema_decay)
+
+
+def _replica(wrapped: Wrapped, config: TrainConfig, classes: int) -> nn.Module:
+    """Return the model with its whole weights on the main rank, where one forward pass needs no other rank."""
+    model = models.create(config.model, classes)
+    weights = wrapped.weights()
+    if weights:
+        model.load_state_dict(weights)
+    return model
 
 
 def _steps(loader: TrainLoader, start: int, total_steps: int) -> Iterator[list[Batch]]:
@@ -242,16 +244,26 @@ def _steps(loader: TrainLoader, start: int, total_steps: int) -> Iterator[list[B
         start = (epoch + 1) * loader.steps_per_epoch
 
 
-def _mask_values(report: MaskReport | None, step_ms: float) -> dict[str, float]:
-    if report is None or report.hook_ms is None:
-        return {}
-    values = {"strength": report.strength, "kept_entries": report.kept_entries, "kept_energy": report.kept_energy}
-    values |= {"hook_ms": report.hook_ms, "hook_share": report.hook_ms / step_ms}
+def _mask_values(reports: Mapping[str, MaskReport], step_ms: float) -> dict[str, float]:
+    """Return what the masks did, those of layer outputs under names of their own."""
+    values: dict[str, float | None] = {}
+    for name, report in reports.items():
+        if report.hook_ms is None:
+            continue
+        prefix = "" if name == "mask" else f"{name}_"
+        values |= {
+            f"{prefix}strength": report.strength,
+            f"{prefix}kept_entries": report.kept_entries,
+            f"{prefix}kept_energy": report.kept_energy,
+            f"{prefix}hook_ms": report.hook_ms,
+            f"{prefix}hook_share": report.hook_ms / step_ms,
+        }
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _layer_values(report: MaskReport) -> dict[str, dict[str, float]]:
+def _layer_values(reports: Mapping[str, MaskReport]) -> dict[str, dict[str, float]]:
+    layers = {name: kept for report in reports.values() for name, kept in report.layers.items()}
     return {
-        "kept_entries": {name: kept[0] for name, kept in report.layers.items()},
-        "kept_energy": {name: kept[1] for name, kept in report.layers.items()},
+        "kept_entries": {name: kept[0] for name, kept in layers.items()},
+        "kept_energy": {name: kept[1] for name, kept in layers.items()},
     }

@@ -1,42 +1,55 @@
 """What training changes, and what a checkpoint therefore holds."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmscale import checkpoint, parallel
-from gmscale.parallel import World
+from gmscale.parallel import World, Wrapped
 from gmscale.sites import Attachment
 
 
 @dataclass
 class TrainingState:
-    """Model, optimizer, mask and the rest; `model` is the wrapped one, `bare` timm's own inside it."""
+    """The model with its optimizer, the masks and the rest."""
 
-    bare: nn.Module
-    model: nn.Module
+    wrapped: Wrapped
     attachment: Attachment | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    """The mask of the weight gradients."""
+    output_attachment: Attachment | None
+    """The mask of the output gradients."""
     ema: ModelEmaV3 | None
     meter: "Meter"
     best_top1: float = 0.0
+
+    @property
+    def attachments(self) -> Mapping[str, Attachment]:
+        """The masks by the section of the configuration that describes them."""
+        both = {"mask": self.attachment, "output": self.output_attachment}
+        return {name: attachment for name, attachment in both.items() if attachment is not None}
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context of the micro-batches before the last one of a step."""
+        return (self.attachment or self.wrapped).no_sync()
 
     def save(self, run_dir: Path, step: int, identity: dict[str, Any], keep: int, world: World) -> None:
         """Write the checkpoint of `step` steps done; called by every rank."""
         checkpoint.save(
             run_dir,
             step,
-            model=self.bare,
+            weights=self.wrapped.weights(),
             ema=self.ema.module if self.ema else None,
-            optimizer=self.optimizer.state_dict(),
-            shared={"identity": identity, "scaler": self.scaler.state_dict(), "best_top1": self.best_top1},
+            optimizer=self.wrapped.optimizer_state(),
+            shared={"identity": identity, "best_top1": self.best_top1},
             per_rank={
-                "mask": self.attachment.state_dict() if self.attachment else None,
+                "masks": {name: attachment.state_dict() for name, attachment in self.attachments.items()},
+                "back_end": self.wrapped.rank_state(),
                 "random": checkpoint.random_states(world.device),
                 "meter": self.meter.sums,
             },
@@ -46,14 +59,14 @@ class TrainingState:
 
     def restore(self, path: Path, world: World) -> int:
         """Load a checkpoint of the same run; return the number of steps done."""
-        state = checkpoint.read(path)
-        checkpoint.load_weights(path, self.bare, self.ema.module if self.ema else None)
-        checkpoint.load_optimizer(path, self.optimizer)
-        self.scaler.load_state_dict(state["shared"]["scaler"])
+        state, own = checkpoint.read(path), checkpoint.load_rank(path, world)
+        checkpoint.load_weights(path, self.wrapped.load_weights)
+        if self.ema is not None:
+            checkpoint.load_weights(path, self.ema.module.load_state_dict, "model_ema")
+        self.wrapped.load_optimizer_state(checkpoint.optimizer_state(path), own["back_end"])
         self.best_top1 = state["shared"]["best_top1"]
-        own = checkpoint.load_rank(path, world)
-        if self.attachment is not None:
-            self.attachment.load_state_dict(own["mask"])
+        for name, attachment in self.attachments.items():
+            attachment.load_state_dict(own["masks"][name])
         self.meter.sums = own["meter"]
         checkpoint.set_random_states(own["random"], world.device)
         return int(state["step"])

@@ -37,7 +37,7 @@ def save(run_dir: Path, step: int, keep: int = 2, value: float = 1.0) -> Path:
     return checkpoint.save(
         run_dir,
         step,
-        model=model,
+        weights=model.state_dict(),
         ema=None,
         optimizer=optimizer.state_dict(),
         shared={"value": value},
@@ -51,8 +51,8 @@ def load(path: Path) -> set[float]:
     """Load everything of a checkpoint that `save` made; return the values found in it."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    checkpoint.load_weights(path, model, None)
-    checkpoint.load_optimizer(path, optimizer)
+    checkpoint.load_weights(path, model.load_state_dict)
+    optimizer.load_state_dict(checkpoint.optimizer_state(path))
     found = [model.weight.detach(), optimizer.state[model.weight]["momentum_buffer"]]
     found.append(checkpoint.load_rank(path, tiny.ALONE)["held"])
     return {float(v) for tensor in found for v in tensor.flatten()} | {checkpoint.read(path)["shared"]["value"]}
@@ -106,7 +106,15 @@ def test_a_rank_gets_its_own_tree_from_the_file(tmp_path_factory: pytest.TempPat
     run_dir = tmp_path_factory.mktemp("run")
     model = nn.Linear(1, 1)
     path = checkpoint.save(
-        run_dir, 1, model=model, ema=None, optimizer={}, shared={}, per_rank={"x": tree}, keep=1, world=tiny.ALONE
+        run_dir,
+        1,
+        weights=model.state_dict(),
+        ema=None,
+        optimizer={},
+        shared={},
+        per_rank={"x": tree},
+        keep=1,
+        world=tiny.ALONE,
     )
     assert same({"x": tree}, checkpoint.load_rank(path, tiny.ALONE))
 
@@ -130,12 +138,12 @@ def test_shared_memory_views_and_memory_formats_are_saved_as_values(tmp_path: Pa
     state = {k: v.clone() for k, v in model.state_dict().items()}
     held = torch.arange(12.0)
     path = checkpoint.save(
-        tmp_path, 1, model=model, ema=None, optimizer={}, shared={},
+        tmp_path, 1, weights=model.state_dict(), ema=None, optimizer={}, shared={},
         per_rank={"all": held, "part": held[3:6]}, keep=1, world=tiny.ALONE,
     )  # fmt: skip
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    checkpoint.load_weights(path, model, None)
+    checkpoint.load_weights(path, model.load_state_dict)
     assert tiny.different(state, model.state_dict()) == []
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert checkpoint.load_rank(path, tiny.ALONE)["part"].tolist() == [3, 4, 5]
@@ -266,7 +274,7 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
 def test_weights_of_another_model_and_another_format_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     with pytest.raises(UsageError, match=r"model\.safetensors.*size mismatch"):
-        checkpoint.load_weights(path, nn.Linear(4, 2), None)
+        checkpoint.load_weights(path, nn.Linear(4, 2).load_state_dict)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"format": 99}))
     with pytest.raises(UsageError, match="format 99"):
@@ -293,11 +301,11 @@ def test_no_file_is_a_pickle_and_none_is_executed(finished_run: Path, monkeypatc
     monkeypatch.setattr(torch, "load", refuse)
     model = timm.create_model("test_byobnet", num_classes=10)
     optimizer = timm.optim.create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4)
-    checkpoint.load_weights(newest, model, None)
-    checkpoint.load_optimizer(newest, optimizer)
+    checkpoint.load_weights(newest, model.load_state_dict)
+    optimizer.load_state_dict(checkpoint.optimizer_state(newest)["optimizer"])
     state = checkpoint.load_rank(newest, tiny.ALONE)
     checkpoint.set_random_states(state["random"], torch.device("cpu"))
-    assert state["mask"]["residuals"]
+    assert state["masks"]["mask"]["residuals"]
 
 
 @pytest.mark.parametrize("name", ["model", "model_ema"])

@@ -52,7 +52,7 @@ def test_an_empty_section_changes_nothing(tmp_path: Path) -> None:
         ("optim: {lrr: 1}", "'lr'"),
         ("mask: {sigm: 1}", "'sigma'"),
         ("data: {batchsize_per_device: 1}", "'batch_size_per_device'"),
-        ("lr: 1", "run, model, data, optim, mask, parallel"),
+        ("lr: 1", "run, model, data, optim, mask, output, parallel"),
     ],
 )
 def test_an_unknown_key_in_a_file_or_mapping_names_the_nearest(tmp_path: Path, text: str, meant: str) -> None:

@@ -60,9 +60,11 @@ def make_run(
     (path / "touched.json").write_text(
         json.dumps(
             {
-                "site": "ddp",
-                "touched": [{"name": "conv1.weight", "entries": 27}, {"name": "fc.weight", "entries": 3}],
-                "passed": ["bn1.weight"],
+                "mask": {
+                    "site": "ddp",
+                    "touched": [{"name": "conv1.weight", "entries": 27}, {"name": "fc.weight", "entries": 3}],
+                    "passed": ["bn1.weight"],
+                }
             }
         )
     )

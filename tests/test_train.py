@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gmscale import checkpoint, data, evaluation, models, rundir
+from gmscale import checkpoint, data, evaluation, models, parallel, rundir
 from gmscale.config import TrainConfig, from_dict
 from gmscale.data import embedded
 from gmscale.errors import UsageError
@@ -45,7 +45,7 @@ def test_a_run_leaves_what_is_promised(finished_run: Path) -> None:
     environment = json.loads((finished_run / "environment.json").read_text())
     assert {"gmscale", "python", "torch", "timm", "commit", "hostname", "device", "threads"} <= environment.keys()
     assert environment["world_size"] == 1
-    touched = json.loads((finished_run / "touched.json").read_text())
+    touched = json.loads((finished_run / "touched.json").read_text())["mask"]
     assert touched["site"] == "single"
     assert touched["agreement"] == "local"
     model = dict(models.create(TrainConfig().model, 10).named_parameters())
@@ -82,7 +82,7 @@ def test_metrics_are_one_valid_record_a_line(finished_run: Path) -> None:
     for r in by_phase["validation"] + by_phase["validation_ema"]:
         assert r["count"] == tiny.VALIDATION_SIZE
         assert 0 <= r["top1"] <= r["top5"] <= 100
-    touched = {t["name"] for t in json.loads((finished_run / "touched.json").read_text())["touched"]}
+    touched = {t["name"] for t in json.loads((finished_run / "touched.json").read_text())["mask"]["touched"]}
     assert by_phase["layers"][0]["kept_entries"].keys() == touched == by_phase["layers"][0]["kept_energy"].keys()
 
 
@@ -177,13 +177,11 @@ def random_batches(count: int, size: int, seed: int = 0) -> list[data.Batch]:
     ]
 
 
-def state_of(config: TrainConfig, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> TrainingState:
+def state_of(config: TrainConfig, model: nn.Module) -> TrainingState:
     return TrainingState(
-        bare=model,
-        model=model,
+        wrapped=parallel.wrap(model, lambda m: models.optimizer(m, config.optim), config, tiny.ALONE),
         attachment=attach(model, config.mask, "single") if config.mask.enabled else None,
-        optimizer=models.optimizer(model, config.optim),
-        scaler=scaler or torch.amp.GradScaler("cpu", enabled=False),
+        output_attachment=None,
         ema=None,
         meter=Meter(CPU),
     )
@@ -212,7 +210,9 @@ def distance(model: nn.Module, start: dict[str, Tensor], change: dict[str, np.nd
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_a_step_accumulates_then_masks_then_unscales_then_clips(tmp_path: Path, cache: Path, scale: float) -> None:
+def test_a_step_accumulates_then_masks_then_unscales_then_clips(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
     lr, bound = 0.1, 0.05
     config = tiny.config(
         cache,
@@ -230,13 +230,14 @@ def test_a_step_accumulates_then_masks_then_unscales_then_clips(tmp_path: Path, 
     torch.manual_seed(0)
     model = models.create(config.model, 10)
     other, start = copy.deepcopy(model), {n: p.detach().clone() for n, p in model.named_parameters()}
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
-    state = state_of(config, model, scaler)
+    state = state_of(config, model)
+    if scale != 1:  # float32 gradients under the loss scale of fp16
+        monkeypatch.setattr(state.wrapped, "_scaler", torch.amp.GradScaler("cpu", init_scale=scale))
     assert state.attachment is not None
     touched = {t.name for t in state.attachment.touched}
     micro_batches = random_batches(2, 8)
 
-    state.attachment.at(0, 10, grad_scale=scaler.get_scale(), observe=False)
+    state.attachment.at(0, 10, grad_scale=state.wrapped.loss_scale(), observe=False)
     norm = train_step(state, micro_batches, config, tiny.ALONE)
 
     def mask(grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -431,7 +432,7 @@ def test_mixed_precision_trains_float32_weights_also_on_cpu(tmp_path: Path, cach
     assert newest is not None
     model = load_file(newest / "model.safetensors")
     assert {t.dtype for n, t in model.items() if "num_batches" not in n} == {torch.float32}
-    assert ("scale" in checkpoint.read(newest)["shared"]["scaler"]) is (amp == "fp16")
+    assert ("scale" in checkpoint.optimizer_state(newest)["scaler"]) is (amp == "fp16")
 
 
 # ---- refused -----------------------------------------------------------------------------------------------------
@@ -451,7 +452,7 @@ def stopped_run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("change", "said"),
     [
         ({"model": {"name": "test_resnet"}}, "model.name was 'test_byobnet' and is 'test_resnet'"),
-        ({"mask": {"strength": 0.25}}, "mask.strength was 0.5 and is 0.25"),
+        ({"mask": {"strength": 0.25}}, "mask.strength was unset and is 0.25"),
         ({"mask": {"enabled": False}}, "mask.enabled was True and is False"),
         ({"optim": {"lr": 0.01}}, "optim.lr was 0.05 and is 0.01"),
         ({"data": {"batch_size_per_device": 8}}, "data.batch_size_per_device was 16 and is 8"),

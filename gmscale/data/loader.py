@@ -80,12 +80,17 @@ class ValLoader:
         self.classes = index.classes
         share, size = order.rank_share(len(index), rank, world_size), config.eval_batch_size_per_device
         self._requests = _Requests()
-        self._requests.current = [_Request(share[i : i + size], None) for i in range(0, len(share), size)]
+        self._share = [_Request(share[i : i + size], None) for i in range(0, len(share), size)]
+        self._requests.current = self._share
         samples = _Samples(index, eval_transform(config), config.image_size)
-        self._batches = _data_loader(samples, self._requests, min(config.workers, len(self._requests.current)))
+        self._batches = _data_loader(samples, self._requests, min(config.workers, len(self._share)))
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(self._share)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for request, batch in zip(self._requests.current, _results(self._batches), strict=True):
+        for request, batch in zip(self._share, _results(self._batches), strict=True):
             yield batch.images, batch.labels, torch.from_numpy(request.indices)
 
 

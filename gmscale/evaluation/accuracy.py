@@ -10,11 +10,14 @@ from gmscale.parallel import World
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: ValLoader, config: DataConfig, world: World) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, loader: ValLoader, config: DataConfig, world: World, *, lockstep: bool = False
+) -> dict[str, float]:
     """Return loss (mean cross-entropy), top1 and top5 in percent, and count, the same on every rank.
 
-    `model` is the bare model, not its DDP wrapper: ranks may have different numbers of batches. Its buffers are
-    set to rank 0's first, so that all ranks judge the same model.
+    `model` is the bare model, not its DDP wrapper: ranks may have different numbers of batches. Where its forward
+    pass is a collective (`lockstep`), ranks with fewer batches add empty ones. Its buffers are set to rank 0's
+    first, so that all ranks judge the same model.
     """
     was_training = model.training
     model.eval()
@@ -33,6 +36,9 @@ def evaluate(model: nn.Module, loader: ValLoader, config: DataConfig, world: Wor
                 torch.tensor(len(labels), dtype=torch.float64, device=world.device),
             )
         ).cpu()
+    if lockstep:
+        for _ in range(parallel.largest_over_ranks(len(loader), world) - len(loader)):
+            model(torch.zeros(1, 3, config.image_size, config.image_size, device=world.device))
     model.train(was_training)
     loss, top1, top5, count = parallel.sum_over_ranks(sums, world).tolist()
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}

@@ -212,7 +212,7 @@ def _layer_means(arm: Arm, key: str) -> dict[str, float]:
 def _entries(arms: Iterable[Arm]) -> Callable[[str], int]:
     sizes: dict[str, int] = {}
     for arm in arms:
-        for layer in arm.runs[0].touched.get("touched", ()):
+        for layer in arm.runs[0].touched.get("mask", {}).get("touched", ()):
             sizes[layer["name"]] = layer.get("entries", 0)
     return lambda name: sizes.get(name, 0)
 

@@ -142,11 +142,12 @@ def _embedded(run: Run) -> bool:
 
 
 def _touches(run: Run) -> str:
-    touched, passed = run.touched.get("touched", []), run.touched.get("passed", [])
+    mask = run.touched.get("mask", {})
+    touched, passed = mask.get("touched", []), mask.get("passed", [])
     if not touched:
         return ""
     entries = sum(layer.get("entries", 0) for layer in touched)
-    where = f"site {plain(run.touched.get('site'))}, agreement {plain(run.touched.get('agreement'))}"
+    where = f"site {plain(mask.get('site'))}, agreement {plain(mask.get('agreement'))}"
     return f"{len(touched)} parameters ({entries:,} entries), {len(passed)} pass through; {where}"
 
 

@@ -53,12 +53,17 @@ class Run:
         """The arm as its author named it, or a name made from the mask."""
         if arm := self.setting("run.arm"):
             return str(arm)
-        if not self.masked:
-            return NO_MASK
-        strength = self.setting("mask.strength")
-        if strength is None:  # GradientMask.peak_strength, which needs torch
-            strength = 1.0 if self.setting("mask.agreement") == "consensus" else 0.5
-        return f"{self.setting('mask.operator', 'mask')} {float(strength):g}"
+        # as TrainConfig.arm, which needs torch
+        parts = []
+        if self.masked:
+            consensus = self.setting("mask.agreement") == "consensus"
+            strength = self.setting("mask.strength")
+            strength = (1.0 if consensus else 0.5) if strength is None else float(strength)
+            agreement = " consensus" if consensus else ""
+            parts.append(f"{self.setting('mask.operator', 'mask')} {strength:g}{agreement}")
+        if self.setting("output.enabled"):
+            parts.append(f"output {self.setting('output.operator')} {float(self.setting('output.strength')):g}")
+        return " + ".join(parts) or NO_MASK
 
     @property
     def finished(self) -> bool:

@@ -1,0 +1,64 @@
+"""World: this process among the others, and the small collectives that all of them call."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    backend: str
+    """single, ddp, deepspeed or fsdp2."""
+    control: Any = None
+    """Process group of CPU tensors, for decisions taken together; None in one process."""
+    store: Any = None
+    """Key-value store of the job, where a failing rank leaves its mark; None in one process."""
+    watch: Any = None
+    """Ends this process when another rank has failed."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """Return the sum of a small CPU tensor over all ranks."""
+    values = values.clone()
+    if world.size > 1:
+        dist.all_reduce(values, group=world.control)
+    return values
+
+
+def largest_over_ranks(value: int, world: World) -> int:
+    """Return the largest of the ranks' values."""
+    largest = torch.tensor(value)
+    if world.size > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world.control)
+    return int(largest)
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Return whether `flag` holds on any rank."""
+    return bool(sum_over_ranks(torch.tensor(int(flag)), world) > 0)
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks."""
+    if world.size > 1:
+        dist.barrier(group=world.control)
+
+
+def broadcast_buffers(model: nn.Module, world: World) -> None:
+    """Give all ranks the buffers (batch-norm statistics) of rank 0, as DDP does before each forward pass."""
+    if world.size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
