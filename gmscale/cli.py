@@ -1,4 +1,4 @@
-"""gmscale train | compare | report | bench | doctor: parse, call, turn errors into one line and an exit status.
+"""gmscale COMMAND: parse, call, turn errors into one line and an exit status.
 
 Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a checkpoint (start it again).
 """
@@ -70,6 +70,12 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _verify(argv: list[str]) -> int:
+    from gmscale.verify import main as verify
+
+    return verify(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from gmscale.doctor import main as doctor
 
@@ -81,6 +87,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "report": _report,
     "bench": _bench,
+    "verify": _verify,
     "doctor": _doctor,
 }
 _HELP = """\
@@ -90,6 +97,7 @@ usage: gmscale COMMAND ...
   compare   no mask, the mask and a random mask of equal density, at equal seeds
   report    write one HTML page about runs       gmscale report runs/quickstart
   bench     cost of the mask, ratios side by side in one run
+  verify    which differences between ways to run one training are rounding, which required
   doctor    what works on this machine, and what to do about the rest
 
 gmscale COMMAND --help explains every field. On several processes: torchrun --nproc_per_node N -m gmscale ...

@@ -43,11 +43,16 @@ def begin(run_dir: Path, config: TrainConfig, world: World, attachments: Mapping
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", config.to_yaml())
         write_atomically(run_dir / "environment.json", json.dumps(environment.describe(world), indent=1))
-        if attachments:
-            described = {name: attachment.describe() for name, attachment in attachments.items()}
-            write_atomically(run_dir / "touched.json", json.dumps(described, indent=1))
+        write_touched(run_dir, attachments)
     except OSError as error:
         raise UsageError(f"run.dir {run_dir} cannot be written: {error.strerror}") from None
+
+
+def write_touched(run_dir: Path, attachments: Mapping[str, Attachment]) -> None:
+    """Write touched.json; again after the first step, from which on the shapes of layer outputs are known."""
+    if attachments:
+        described = {name: attachment.describe() for name, attachment in attachments.items()}
+        write_atomically(run_dir / "touched.json", json.dumps(described, indent=1))
 
 
 def identity(
@@ -81,7 +86,9 @@ def check_identity(path: Path, now: dict[str, Any], config: TrainConfig) -> None
 def _refuse_changes(saved: dict[str, Any], config: TrainConfig, where: Path) -> None:
     changes = changed_on_resume(saved, config)
     if changes:
-        listed = "; ".join(f"{name} was {_shown(before)} and is {_shown(value)}" for name, before, value in changes[:3])
+        listed = "; ".join(
+            f"{name} was {_shown(before)} and is {_shown(value)}" for name, before, value in changes[:3]
+        )
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise UsageError(
             f"{where} belongs to a run with other settings: {listed}{more}; choose another run.dir, or remove it"

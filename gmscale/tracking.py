@@ -23,6 +23,9 @@ def plain_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
+_OF_LAYERS = {"layers", "quality"}  # phases that a person reads in figures, not line by line
+
+
 class Tracker:
     """Writes metrics.jsonl and TensorBoard and shows progress; used by the main rank only.
 
@@ -55,17 +58,15 @@ class Tracker:
         self._board.close()
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """Record one line of `phase` at `step` and show it."""
+        """Record one line of `phase` at `step` and show it, values of layers only in the files."""
         record = {"step": step, "epoch": round(step * self._epochs / self._total_steps, 4), "phase": phase}
         record.update({key: _json_value(value) for key, value in values.items()})
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if phase == "layers":
-            return  # one scalar a layer would bury the others
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{phase}/{key}", value, step)
-        self._show(phase, step, record)
+        for tag, value in _scalars(phase, values):
+            self._board.add_scalar(tag, value, step)
+        if phase not in _OF_LAYERS:
+            self._show(phase, step, record)
 
     def sync(self) -> None:
         """Make everything recorded so far durable; called before a checkpoint is written."""
@@ -171,6 +172,15 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _scalars(phase: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield TensorBoard's tags and values; those of layers in a group of their own for each quantity."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(f"{phase}_{key}", value)
+        elif isinstance(value, int | float):
+            yield f"{phase}/{key}", value
+
+
 def _truncate(path: Path, step: int) -> None:
     """Drop the records after `step`, which the resumed run makes again, and a torn last line."""
     if not path.exists():
@@ -187,6 +197,8 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json_value(v) for key, v in value.items()}
     # JSON has no NaN; null says that there was no number
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

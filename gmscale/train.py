@@ -8,7 +8,7 @@ configuration and of the checkpoint, so an interrupted run ends as an undisturbe
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ from rich.console import Console
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
-from gmscale import checkpoint, data, evaluation, models, parallel, rundir
+from gmscale import checkpoint, data, evaluation, models, parallel, records, rundir
 from gmscale.config import TrainConfig
 from gmscale.data import Batch, TrainLoader, ValLoader
 from gmscale.errors import UsageError
 from gmscale.parallel import StopRequest, World, Wrapped
-from gmscale.sites import Attachment, MaskReport, attach
+from gmscale.sites import Attachment, attach
+from gmscale.sites.probe import GradientProbe
 from gmscale.tracking import StepClock, Tracker, plain_console, write_atomically
 from gmscale.training_state import Meter, TrainingState
 
@@ -64,6 +65,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
         schedule = models.schedule(wrapped.optimizer, config.optim, config.run.epochs, loader.steps_per_epoch)
         attachment, output_attachment = _attach(wrapped, config, world)
         ema = _average(wrapped, config)
+        probe = _probe(attachment, config)
     state = TrainingState(wrapped, attachment, output_attachment, ema, Meter(world.device))
 
     # -- resume, or begin -------------------------------------------------------------------------------------
@@ -114,7 +116,12 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 schedule.step_update(step)
             for mask in state.attachments.values():
                 mask.at(step, total_steps, grad_scale=wrapped.loss_scale(), observe=due_log)
+            if probe is not None:
+                probe.before(step)
             grad_norm = train_step(state, micro_batches, config, world)
+            quality = probe.after(step) if probe is not None else None
+            if step == start and tracker:
+                rundir.write_touched(run_dir, state.attachments)
             if ema is not None:
                 ema.update(bare, step=step)
 
@@ -123,10 +130,12 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 values = state.meter.values(world) | clock.values(loader.global_batch_size)
                 values["lr"] = wrapped.optimizer.param_groups[0]["lr"]
                 values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
-                values |= _mask_values(reports, values["step_ms"])
+                values |= records.mask_values(reports, values["step_ms"])
                 values["memory_mb"] = parallel.peak_memory_mb(world.device)
                 if tracker:
                     tracker.log("train", step + 1, values)
+            if tracker and quality is not None:
+                tracker.log("quality", quality.step + 1, records.quality_values(quality))
             if due_eval:
                 with clock.paused():
                     result = validate(wrapped.eval_model)
@@ -137,7 +146,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                     if averaged:
                         tracker.log("validation_ema", step + 1, averaged)
                     if reports:
-                        tracker.log("layers", step + 1, _layer_values(reports))
+                        tracker.log("layers", step + 1, records.layer_values(reports))
             if last or (step + 1) % save_every == 0:
                 with clock.paused():
                     save(step + 1)
@@ -216,6 +225,14 @@ def _attach(wrapped: Wrapped, config: TrainConfig, world: World) -> tuple[Attach
     return weights, outputs
 
 
+def _probe(attachment: Attachment | None, config: TrainConfig) -> GradientProbe | None:
+    if config.run.probe_every == 0:
+        return None
+    if attachment is None:
+        raise UsageError("run.probe_every measures what a mask does to weight gradients; it needs mask.enabled")
+    return GradientProbe(attachment, config.run.probe_every)
+
+
 def _average(wrapped: Wrapped, config: TrainConfig) -> ModelEmaV3 | None:
     if config.model.ema_decay == 0:
         return None
@@ -242,28 +259,3 @@ def _steps(loader: TrainLoader, start: int, total_steps: int) -> Iterator[list[B
         epoch, offset = divmod(start, loader.steps_per_epoch)
         yield from loader.epoch(epoch, offset)
         start = (epoch + 1) * loader.steps_per_epoch
-
-
-def _mask_values(reports: Mapping[str, MaskReport], step_ms: float) -> dict[str, float]:
-    """Return what the masks did, those of layer outputs under names of their own."""
-    values: dict[str, float | None] = {}
-    for name, report in reports.items():
-        if report.hook_ms is None:
-            continue
-        prefix = "" if name == "mask" else f"{name}_"
-        values |= {
-            f"{prefix}strength": report.strength,
-            f"{prefix}kept_entries": report.kept_entries,
-            f"{prefix}kept_energy": report.kept_energy,
-            f"{prefix}hook_ms": report.hook_ms,
-            f"{prefix}hook_share": report.hook_ms / step_ms,
-        }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _layer_values(reports: Mapping[str, MaskReport]) -> dict[str, dict[str, float]]:
-    layers = {name: kept for report in reports.values() for name, kept in report.layers.items()}
-    return {
-        "kept_entries": {name: kept[0] for name, kept in layers.items()},
-        "kept_energy": {name: kept[1] for name, kept in layers.items()},
-    }

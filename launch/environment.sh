@@ -29,7 +29,8 @@ if ! grep -qsx "$wanted" "$stamp" .venv/gmscale-dev.stamp; then  # dev includes 
     exit 2
   }
   echo "installing gmscale[$extras] into .venv (a few minutes and 6 GB, once)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+  # deepspeed comes as source: without this it would try to compile its CUDA kernels now
+  DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
   echo "$wanted" > "$stamp"
 fi
 . .venv/bin/activate

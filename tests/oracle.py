@@ -187,3 +187,34 @@ def error_feedback(g: Array, residual: Array, strength: float, **settings: Any) 
         return g.copy(), residual.copy()
     sent = apply(total, strength, **settings)
     return sent, total - sent
+
+
+# -- layer outputs --------------------------------------------------------------------------------
+def output_map(g: Array, norm: str = "l2") -> Array:
+    """The map of one sample g[H, W, C]: the norm over channels at every position."""
+    return np.array([[NORMS[norm](g[row, col]) for col in range(g.shape[1])] for row in range(g.shape[0])])
+
+
+def apply_output(
+    g: Array, strength: float, layout: str, grid: tuple[int, int, int] | None = None, **settings: Any
+) -> Array:
+    """The masked output gradient: NCHW, NHWC, or tokens NLD on a `grid` of (rows, cols, leading other tokens)."""
+    masked = np.array(g, np.float64)
+    norm, rescale = settings.get("norm", "l2"), settings.get("rescale", False)
+    settings = {k: v for k, v in settings.items() if k not in ("norm", "rescale")}
+    for sample in masked:  # views of `masked`, written in place
+        if layout == "NCHW":
+            view = sample.transpose(1, 2, 0)
+        elif layout == "NHWC":
+            view = sample
+        else:
+            rows, cols, prefix = grid
+            view = sample[prefix:].reshape(rows, cols, -1)
+        if min(view.shape[:2]) < 7:
+            continue
+        before = np.linalg.norm(view)
+        view *= 1 - strength * (1 - keep_map(output_map(view, norm), **settings)[:, :, None])
+        after = np.linalg.norm(view)
+        if rescale and np.isfinite(before) and before > 0 and after > 0:
+            view *= before / after
+    return masked

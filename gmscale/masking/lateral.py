@@ -4,50 +4,56 @@ A unit is what the mask keeps or damps as a whole: one k x k kernel of a convolu
 of a linear layer or 1x1 convolution, one element of a 1-D parameter (METHOD.md, "Lateral map").
 """
 
-from itertools import product
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gmscale.masking.units import Unit, chunks, map_shape, parts_of, unit_of
+
+__all__ = ["Norm", "Unit", "expand", "lateral_map", "map_dtype", "map_shape", "unit_entries", "unit_of"]
+
 Norm = Literal["l2", "l1", "max"]
-Unit = Literal["kernel", "row block", "element"]
 
 
-def unit_of(shape: torch.Size | tuple[int, ...]) -> Unit:
-    """Return what one entry of the lateral map of a gradient of this shape stands for."""
-    if len(shape) == 1:
-        return "element"
-    return "kernel" if len(shape) > 2 and prod(shape[2:]) > 1 else "row block"
+def map_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of the lateral map of a gradient of this dtype: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def map_shape(shape: torch.Size | tuple[int, ...], block: int) -> tuple[int, int]:
-    """Return (rows, columns) of the lateral map of a gradient of this shape."""
-    unit = unit_of(shape)
-    if unit == "element":
-        return 1, shape[0]
-    return shape[0], shape[1] if unit == "kernel" else -(-shape[1] // block)
-
-
-def lateral_map(gradient: Tensor, norm: Norm = "l2", block: int = 16) -> Tensor:
+def lateral_map(
+    gradient: Tensor,
+    norm: Norm = "l2",
+    block: int = 16,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Return the lateral map s >= 0: one norm a unit, [O, I] or [O, ceil(I / block)] or [1, N].
 
     Low precision is computed in float32 (float16 norms overflow at 3e4). A last row block shorter than
-    `block` has the plain norm of what it holds.
+    `block` has the plain norm of what it holds. A `residual` is first added to the gradient, in place and in the
+    same pass over memory. `out` must be contiguous.
     """
-    unit = unit_of(gradient.shape)
-    if unit == "element":
-        return gradient.abs().to(_map_dtype(gradient)).unsqueeze(0)
-    if unit == "kernel":
-        return _norm(gradient, norm, tuple(range(2, gradient.ndim)))
-    matrix = gradient.reshape(gradient.shape[0], gradient.shape[1])
-    whole = matrix.shape[1] // block * block
-    s = _norm(matrix[:, :whole].unflatten(1, (-1, block)), norm, (2,)) if whole else None
-    if whole == matrix.shape[1] and s is not None:
-        return s
-    tail = _norm(matrix[:, whole:], norm, (1,)).unsqueeze(1)
-    return tail if s is None else torch.cat((s, tail), dim=1)
+    if out is None:
+        shape = map_shape(gradient.shape, block)
+        out = torch.empty(shape, dtype=map_dtype(gradient.dtype), device=gradient.device)
+    parts = parts_of(gradient.shape, gradient.stride(), block)
+    if residual is not None and (parts is None or residual.stride() != gradient.stride()):
+        gradient.add_(residual)
+        residual = None
+    if parts is None:  # strides that do not allow a view of the units
+        return lateral_map(gradient.contiguous(), norm, block, out=out)
+    for part in parts:
+        if residual is None:
+            for s, g in chunks(part, out, gradient):
+                _norm(g, norm, part.reduced, s)
+        else:
+            for s, g, r in chunks(part, out, gradient, residual):
+                _norm(g.add_(r), norm, part.reduced, s)
+    return out
 
 
 def expand(m: Tensor, gradient: Tensor, block: int = 16) -> Tensor:
@@ -73,22 +79,32 @@ def unit_entries(gradient: Tensor, block: int = 16) -> tuple[int, int]:
     return min(block, inputs), (inputs - 1) % block + 1
 
 
-def _map_dtype(gradient: Tensor) -> torch.dtype:
-    return torch.float64 if gradient.dtype == torch.float64 else torch.float32
-
-
-def _norm(x: Tensor, norm: Norm, dims: tuple[int, ...]) -> Tensor:
-    dtype = _map_dtype(x)
-    if norm == "l1":
-        return x.to(dtype).abs().sum(dims)
+def _norm(x: Tensor, norm: Norm, reduced: int, out: Tensor) -> None:
+    """Write the norms of the units x [R, K, C] (`reduced` 1) or [R, C, K] (2) to `out`."""
+    dtype, entries, on_cpu = out.dtype, x.shape[reduced], x.device.type == "cpu"
+    if entries == 1:
+        torch.abs(x, out=out) if x.dtype == dtype else out.copy_(x.to(dtype).abs_())
+        return
     if norm == "max":
-        return x.abs().amax(dims).to(dtype)
-    if x.device.type == "cpu" and x.stride(-1) != 1:
-        # channels_last: torch's CPU reduction over dimensions that are not innermost is 30 times slower
-        total = torch.zeros(x.shape[: -len(dims)], dtype=dtype)
-        positions = x.movedim(dims, tuple(range(len(dims))))
-        for position in product(*(range(x.shape[d]) for d in dims)):
-            at_position = positions[position].to(dtype)
-            total.addcmul_(at_position, at_position)
-        return total.sqrt_()
-    return torch.linalg.vector_norm(x, dim=dims, dtype=dtype)
+        out.copy_(x.abs().amax(reduced, keepdim=True))
+        return
+    x = x.to(dtype)
+    if norm == "l2" and (not on_cpu or (reduced == 2 and entries % 16 == 0)):
+        torch.linalg.vector_norm(x, dim=reduced, keepdim=True, out=out)
+        return
+    # On CPU vector_norm is slow over entries that are no neighbours (30 times) or no whole vectors (twice).
+    terms = x * x if norm == "l2" else x.abs()
+    if reduced == 1 or not on_cpu:
+        torch.sum(terms, reduced, keepdim=True, out=out)
+    else:
+        sums = out if out.is_contiguous() else torch.empty(out.shape, dtype=dtype)
+        torch.mv(terms.view(-1, entries), _ones(entries, dtype), out=sums.view(-1))
+        if sums is not out:
+            out.copy_(sums)
+    if norm == "l2":
+        out.sqrt_()
+
+
+@lru_cache(maxsize=64)
+def _ones(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(n, dtype=dtype)

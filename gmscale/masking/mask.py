@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from gmscale.errors import UsageError, check_choice, check_keys, check_range
 from gmscale.masking import inhibition, lateral
+from gmscale.masking.apply import damp_, send_and_hold_
 from gmscale.masking.lateral import Norm
 from gmscale.masking.schedule import Ramp, strength_at
 
@@ -156,9 +158,15 @@ class GradientMask:
                 "negative lobe: as a mask it then keeps everything",
                 stacklevel=4,
             )
-        self._kernel()  # a kernel without a negative lobe is refused here, not in the first backward pass
+        self.kernel()  # a kernel without a negative lobe is refused here, not in the first backward pass
 
     def _warn_of_ignored_settings(self) -> None:
+        if self.agreement == "consensus" and self.peak_strength < 1:
+            warnings.warn(
+                f"consensus at strength {self.peak_strength:g} saves no bytes: damped units still travel. Leave "
+                f"mask.strength unset (1, what is held back is sent later) to send only what is kept",
+                stacklevel=4,
+            )
         for field in fields(GradientMask):
             readers = _READ_BY.get(field.name)
             is_set = getattr(self, field.name) != field.default
@@ -199,13 +207,18 @@ class GradientMask:
         A map without contrast (constant, one entry, non-finite) inhibits nothing: m = 1. `generator`
         drives the random operator and lives on the device of s. Maps may be stacked: s [..., rows, cols].
         """
-        contrast = inhibition.has_contrast(s)
+        return self._keep_map(s, generator)[0]
+
+    def _keep_map(self, s: Tensor, generator: torch.Generator | None) -> tuple[Tensor, bool | Tensor]:
+        """Return (the keep map, whether s is finite); the latter a bool for one map on CPU, else [..., 1, 1]."""
+        lowest, highest = inhibition.extremes(s)
+        finite, contrast = inhibition.is_finite(highest), inhibition.has_contrast(lowest, highest)
         if contrast is False:
-            return torch.ones_like(s)
-        m = self._inhibit(s)
+            return torch.ones_like(s), finite
+        m = self._inhibit(s, highest)
         if self.operator == "random":
             m = _shuffled(m, generator)
-        return m if contrast is True else torch.where(contrast, m, 1.0)
+        return (m if contrast is True else torch.where(contrast, m, 1.0)), finite
 
     def apply(
         self, gradient: Tensor, *, strength: float | None = None, generator: torch.Generator | None = None
@@ -238,45 +251,73 @@ class GradientMask:
         inf (or beyond 1e18, whose squares overflow) is left as it is up to rounding, the residual untouched
         (law 4).
         """
-        passes = gradient.ndim == 0 or gradient.numel() == 0 or (gradient.ndim == 1 and not self.mask_1d)
-        if passes or (strength == 0 and residual is None):
+        if self.passes(gradient.shape) or (strength == 0 and residual is None):
             return None
-        if residual is not None:
-            gradient.add_(residual)
-        s = lateral.lateral_map(gradient, self.norm, self.block)
-        m = self.keep_map(s, generator) if strength > 0 else torch.ones_like(s)
-        kept = self._kept(gradient, s, m) if observe else None
-        if residual is not None:
-            held_factor = lateral.expand((1 - m).mul_(strength), gradient, self.block)
-            _send_and_hold(gradient, residual, held_factor, strength, self._is_hard, torch.isfinite(s.amax()))
+        s = lateral.lateral_map(gradient, self.norm, self.block, residual=residual)
+        if strength > 0:
+            m, finite = self._keep_map(s, generator)
         else:
-            factor = lateral.expand((1 - m).mul_(-strength).add_(1), gradient, self.block)
-            _rescale_(gradient, factor, s.dtype) if self.rescale else gradient.mul_(factor)
+            m, finite = torch.ones_like(s), inhibition.is_finite(inhibition.extremes(s)[1])
+        kept = self.kept(gradient, s, m) if observe else None
+        self.apply_map_(gradient, m, strength=strength, residual=residual, finite=finite)
         return kept
 
+    def passes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a gradient of this shape has no lateral map, or none that this mask makes."""
+        return len(shape) == 0 or prod(shape) == 0 or (len(shape) == 1 and not self.mask_1d)
+
+    def apply_map_(
+        self, gradient: Tensor, m: Tensor, *, strength: float, residual: Tensor | None, finite: bool | Tensor
+    ) -> None:
+        """Mask a gradient in place by its keep map; with a residual it holds gradient + residual.
+
+        `finite` says whether the lateral map was: with a residual, a non-finite gradient travels as it came.
+        """
+        if residual is not None:
+            send_and_hold_(gradient, residual, (1 - m).mul_(strength), self.block, strength, self.is_hard, finite)
+        else:
+            damp_(gradient, torch.rsub(1 - m, 1, alpha=strength), self.block, self.rescale)
+
+    def kept(self, gradient: Tensor, s: Tensor, m: Tensor) -> Kept:
+        """Return what the keep map m keeps of a gradient, not yet masked, and its lateral map s."""
+        size, last = lateral.unit_entries(gradient, self.block)
+        entries = size * m.sum() - (size - last) * m[:, -1].sum()
+        if self.norm != "l2":
+            s = lateral.lateral_map(gradient, "l2", self.block)
+        energy = torch.linalg.vector_norm(m * s) / torch.linalg.vector_norm(s)
+        # A zero gradient has no energy to lose.
+        return Kept(entries / gradient.numel(), torch.nan_to_num(energy.square(), nan=1.0))
+
     @property
-    def _is_hard(self) -> bool:
+    def is_hard(self) -> bool:
+        """Whether keep maps hold zeros and ones only."""
         return not (self._inhibition == "pool" and self.gate == "soft")
+
+    @property
+    def effective_kappa(self) -> float:
+        """kappa, or its default."""
+        return self.kappa or (1.0 if self.is_hard else 0.5)
 
     @property
     def _inhibition(self) -> Inhibition:
         return self.random_like if self.operator == "random" else self.operator
 
-    def _inhibit(self, s: Tensor) -> Tensor:
+    def _inhibit(self, s: Tensor, highest: inhibition.Extreme) -> Tensor:
         operator = self._inhibition
         if operator == "pool":
-            if not self._is_hard:
-                return inhibition.pool_soft(s, self.kappa or 0.5)
-            response = inhibition.pool_response(s, self.kappa or 1.0)
-        elif operator == "licnn":
+            if not self.is_hard:
+                return inhibition.pool_soft(s, self.effective_kappa, highest)
+            return inhibition.pool_hard(s, self.effective_kappa, highest)
+        if operator == "licnn":
             response = inhibition.licnn_response(s, self.kernel_size or 7, self.licnn_a, self.licnn_b)
         else:
-            kernel = self._kernel()
+            kernel = self.kernel()
             assert kernel is not None
             response = inhibition.centre_surround(s, kernel)
-        return inhibition.hard_gate(response, s)
+        return inhibition.hard_gate(response, highest)
 
-    def _kernel(self) -> Tensor | None:
+    def kernel(self) -> Tensor | None:
+        """Return the kernel [k, k] (float64, CPU) of log and dog, as the operator itself or as `random_like`."""
         if self._inhibition == "log" and self.paper_compat:
             return inhibition.paper_kernel(self.sigma or 11.0)
         if self._inhibition == "log":
@@ -284,15 +325,6 @@ class GradientMask:
         if self._inhibition == "dog":
             return inhibition.dog_kernel(self.sigma or 1.0, self.ratio, self.kernel_size)
         return None
-
-    def _kept(self, total: Tensor, s: Tensor, m: Tensor) -> Kept:
-        size, last = lateral.unit_entries(total, self.block)
-        entries = size * m.sum() - (size - last) * m[:, -1].sum()
-        if self.norm != "l2":
-            s = lateral.lateral_map(total, "l2", self.block)
-        energy = torch.linalg.vector_norm(m * s) / torch.linalg.vector_norm(s)
-        # A zero gradient has no energy to lose.
-        return Kept(entries / total.numel(), torch.nan_to_num(energy.square(), nan=1.0))
 
 
 def _shuffled(m: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -303,38 +335,3 @@ def _shuffled(m: Tensor, generator: torch.Generator | None) -> Tensor:
     else:
         order = torch.rand(maps.shape, generator=generator, device=m.device).argsort(1)
     return maps.gather(1, order).view(m.shape)
-
-
-def _send_and_hold(
-    gradient: Tensor, residual: Tensor, held_factor: Tensor, strength: float, hard: bool, finite: Tensor
-) -> None:
-    """Split gradient, which holds gradient + residual, into what is sent (gradient) and held (residual).
-
-    sent + held equals their sum exactly. A difference of two floats within a factor of two of each other has
-    no rounding (Sterbenz), so of the two parts the larger is the one to multiply out. Unless `finite`, the
-    residual is taken back out of the gradient and keeps its value.
-    """
-    if finite.device.type == "cpu" and not finite:
-        gradient.sub_(residual)
-        return
-    held = residual if finite.device.type == "cpu" else torch.empty_like(residual)
-    if hard and strength >= 0.5:  # everything or at least half of an entry is held, or nothing
-        torch.mul(gradient, held_factor, out=held)
-    elif strength <= 0.5:  # at least half of every entry is sent
-        torch.mul(gradient, 1 - held_factor, out=held)
-        torch.sub(gradient, held, out=held)
-    else:
-        sent_first = gradient - gradient * (1 - held_factor)
-        held.copy_(torch.where(held_factor <= 0.5, sent_first, gradient * held_factor))
-    if held is not residual:  # without a branch: reading `finite` would make the host wait for the device
-        residual.copy_(torch.where(finite, held, residual))
-    gradient.sub_(residual)
-
-
-def _rescale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
-    """Multiply by `factor`, then by the one number that gives the gradient its old norm back."""
-    before = torch.linalg.vector_norm(gradient, dtype=dtype)
-    gradient.mul_(factor)
-    ratio = before / torch.linalg.vector_norm(gradient, dtype=dtype)
-    usable = torch.isfinite(ratio) & (ratio > 0)
-    gradient.mul_(torch.where(usable, ratio, 1.0).to(gradient.dtype))

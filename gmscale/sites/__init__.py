@@ -10,9 +10,19 @@ from gmscale.errors import UsageError, check_choice
 from gmscale.masking import GradientMask
 from gmscale.sites.attachment import Attachment, MaskReport
 from gmscale.sites.ddp import Hook, attach_ddp, mask_wrapper
+from gmscale.sites.probe import GradientProbe, QualityReport
 from gmscale.sites.single import attach_single
 
-__all__ = ["PARAMETER_SITES", "SITES", "Attachment", "MaskReport", "attach", "mask_wrapper"]
+__all__ = [
+    "PARAMETER_SITES",
+    "SITES",
+    "Attachment",
+    "GradientProbe",
+    "MaskReport",
+    "QualityReport",
+    "attach",
+    "mask_wrapper",
+]
 
 PARAMETER_SITES = ("ddp", "deepspeed", "fsdp2", "single")
 SITES = (*PARAMETER_SITES, "output")

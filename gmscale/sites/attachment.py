@@ -4,16 +4,17 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gmscale.errors import UsageError
 from gmscale.masking import GradientMask
+from gmscale.masking.plan import MaskPlan
 from gmscale.sites.selection import Selection, Touched
 
 _TIMED_CALLS = 4096  # CUDA events kept between two reports, when nobody asks for one
@@ -33,6 +34,22 @@ class MaskReport:
     """Milliseconds a step spent masking, on the device that masks."""
     strength: float | None
     """Strength of the last step."""
+    wire_bytes: float | None = None
+    """Bytes a step that this rank handed to all-reduces (site ddp, torch's own plain and 16-bit hooks)."""
+    dense_bytes: float | None = None
+    """Bytes a step that plain DDP would hand to its all-reduces."""
+    dense_parameters: dict[str, str] = field(default_factory=dict)
+    """consensus: masked parameters that travelled whole in some step, and why in the last such step."""
+
+
+class Watcher(Protocol):
+    """Sees what the mask sees and what it lets travel; changes neither."""
+
+    def before_mask(self, gradients: Sequence[tuple[str, Tensor]], residuals: Mapping[str, Tensor]) -> None:
+        """See this rank's raw gradients, named as in `touched`, and what error feedback will add to them."""
+
+    def after_mask(self, gradients: Sequence[tuple[str, Tensor]]) -> None:
+        """See the same gradients as this rank sends them."""
 
 
 class Attachment(ABC):
@@ -59,7 +76,9 @@ class Attachment(ABC):
         self._observe = True
         self._residuals: dict[str, Tensor] = {}
         self._kept: dict[str, _Mean] = {}
+        self._plans: dict[tuple[Any, ...], MaskPlan] = {}
         self._clock = _Clock()
+        self._watcher: Watcher | None = None
 
     # -- time -----------------------------------------------------------------------------------------------
     def at(
@@ -137,6 +156,14 @@ class Attachment(ABC):
         self._residuals = dict(state["residuals"])
         self._grad_scale = float(state["grad_scale"])
 
+    def watch(self, watcher: Watcher | None) -> None:
+        """Show gradients to `watcher` before and after they are masked, until called with None.
+
+        The time a watched step spends masking is not reported: the watcher's work would be in it.
+        """
+        self._watcher = watcher
+        self._clock.paused = watcher is not None
+
     def detach(self) -> None:
         """Stop masking; gradients pass through from now on. What error feedback held back is dropped."""
         self._active = False
@@ -145,37 +172,73 @@ class Attachment(ABC):
     # -- for the sites --------------------------------------------------------------------------------------
     def _mask_all(self, gradients: Sequence[tuple[str, Tensor]]) -> None:
         """Mask gradients, named as in `touched`, in place."""
-        for name, gradient in gradients:
-            self._mask(name, gradient)
-
-    def _mask(self, name: str, gradient: Tensor) -> None:
         if self._strength is None:
             raise UsageError(
                 f"the mask depends on time (schedule or random operator): call attachment.at(step, total_steps) "
                 f"before each step's backward pass (site {self.site})"
             )
-        residual = self._residuals.get(name)
-        if residual is None and self.mask.error_feedback and self._strength > 0:
-            residual = self._residuals[name] = torch.zeros_like(gradient)
-        kept = self.mask.apply_(
-            gradient,
+        self._before_mask(gradients)
+        names, tensors = [name for name, _ in gradients], [gradient for _, gradient in gradients]
+        kept = self._plan(names, tensors).mask_(
+            tensors,
             strength=self._strength,
-            residual=residual,
-            generator=self._generator(name, gradient.device),
+            residuals=[self._residual(name, gradient) for name, gradient in gradients],
+            generators=[self._generator(name, gradient.device) for name, gradient in gradients],
             observe=self._observe,
         )
-        if self._strength == 0 and residual is not None and not residual.any():
-            del self._residuals[name]  # all of it has just been sent; a non-finite gradient would have kept it here
-        if kept is not None:
-            self._kept.setdefault(name, _Mean()).add(kept.entries, kept.energy)
+        for name, shares in zip(names, kept, strict=True):
+            residual = self._residuals.get(name)
+            if self._strength == 0 and residual is not None and not residual.any():
+                del self._residuals[name]  # all of it has just been sent; a non-finite gradient would have kept it
+            if shares is not None:
+                self._kept.setdefault(name, _Mean()).add(shares.entries, shares.energy)
+        self._after_mask(gradients)
+
+    def _plan(self, names: Sequence[str], gradients: Sequence[Tensor]) -> MaskPlan:
+        """Return the plan of these gradients, made when they first come together (DDP rebuilds its buckets)."""
+        key = (*names, *((g.dtype, g.device, g.stride()) for g in gradients))
+        plan = self._plans.get(key)
+        if plan is None:
+            stale = [k for k in self._plans if not set(names).isdisjoint(k)]
+            for k in stale:
+                del self._plans[k]
+            plan = self._plans[key] = MaskPlan(self.mask, gradients)
+        return plan
+
+    def _residual(self, name: str, gradient: Tensor) -> Tensor | None:
+        """Return what error feedback holds back of a gradient, laid out in memory as the gradient is."""
+        residual = self._residuals.get(name)
+        if residual is None:
+            if not self.mask.error_feedback or self._strength == 0:
+                return None
+            residual = self._residuals[name] = torch.zeros_like(gradient)
+        elif residual.stride() != gradient.stride():
+            residual = self._residuals[name] = torch.empty_like(gradient).copy_(residual)
+        return residual
+
+    def _before_mask(self, gradients: Sequence[tuple[str, Tensor]]) -> None:
+        """Show the watcher this rank's raw gradients, before residuals are added."""
+        if self._watcher is not None:
+            self._watcher.before_mask(gradients, self._residuals)
+
+    def _after_mask(self, gradients: Sequence[tuple[str, Tensor]]) -> None:
+        """Show the watcher what this rank sends of the same gradients, dense and before it is averaged."""
+        if self._watcher is not None:
+            self._watcher.after_mask(gradients)
 
     def _generator(self, name: str, device: torch.device) -> torch.Generator | None:
         if self.mask.operator != "random":
             return None
-        # A function of what the draw is for, so that resuming, bucket order and world size cannot change it.
-        key = f"{self.mask.seed}/{self._step}/{self._rank}/{name}".encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
-        return torch.Generator(device).manual_seed(seed)
+        return seeded(device, self.mask.seed, self._step, self._rank, name)
+
+
+def seeded(device: torch.device, *key: object) -> torch.Generator:
+    """Return a generator for one draw, seeded by what the draw is for.
+
+    Then resuming, the order of buckets and the number of ranks cannot change it.
+    """
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest))
 
 
 class _Mean:
@@ -203,11 +266,14 @@ class _Clock:
         self._seconds = 0.0
         self._steps = 0.0
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event, float]] = deque(maxlen=_TIMED_CALLS)
+        self.paused = False
 
     @contextmanager
     def running(self, device: torch.device, share_of_step: float) -> Iterator[None]:
         """Time a block that does `share_of_step` of one step's masking calls."""
-        if device.type == "cuda":
+        if self.paused:
+            yield
+        elif device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
             yield

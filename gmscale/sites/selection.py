@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,19 +14,20 @@ from gmscale.masking.lateral import Unit, map_shape, unit_of
 _CONV_AND_LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _COMPILED_PREFIX = "_orig_mod."
+_CHECKPOINTED_PREFIX = "_checkpoint_wrapped_module."
 
 
 class Touched(NamedTuple):
-    """One masked parameter."""
+    """One masked parameter, or a layer whose output gradient is masked (units position and token)."""
 
     name: str
     shape: tuple[int, ...]
     map_shape: tuple[int, int]
-    unit: Unit
+    unit: Unit | Literal["position", "token"]
 
     @classmethod
     def of(cls, name: str, parameter: torch.Tensor, mask: GradientMask) -> "Touched":
-        shape = tuple(parameter.shape)
+        shape = whole_shape(parameter)
         return cls(name, shape, map_shape(shape, mask.block), unit_of(shape))
 
 
@@ -44,7 +45,7 @@ def select(model: nn.Module, mask: GradientMask) -> Selection:
     By default the weights of convolutions, linear layers and attention projections, and with `mask_1d` every
     1-D parameter too. `include` patterns choose among all parameters that have a lateral map.
     """
-    trained = {clean_name(n): p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 0}
+    trained = {clean_name(n): p for n, p in model.named_parameters() if p.requires_grad and whole_shape(p)}
     weights = _weights_of_layers(model)
     chosen = {
         name: p
@@ -60,17 +61,23 @@ def select(model: nn.Module, mask: GradientMask) -> Selection:
     )
 
 
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter, also of one that ZeRO-3 has partitioned and left empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def clean_name(name: str) -> str:
-    """Return a parameter's name without the prefix that torch.compile adds."""
-    return name.replace(_COMPILED_PREFIX, "")
+    """Return a parameter's name without the prefixes that torch.compile and checkpoint_wrapper add."""
+    return name.replace(_COMPILED_PREFIX, "").replace(_CHECKPOINTED_PREFIX, "")
 
 
 def _is_candidate(name: str, p: nn.Parameter, weights: set[int], mask: GradientMask) -> bool:
-    if p.ndim == 1 and not mask.mask_1d:
+    ndim = len(whole_shape(p))
+    if ndim == 1 and not mask.mask_1d:
         return False
     if mask.include:
         return _matches(name, mask.include)
-    return p.ndim == 1 or id(p) in weights
+    return ndim == 1 or id(p) in weights
 
 
 def _weights_of_layers(model: nn.Module) -> set[int]:

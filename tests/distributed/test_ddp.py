@@ -339,3 +339,24 @@ def test_report_names_what_was_kept(tmp_path):
     assert random["kept_energy"] < report["kept_energy"]
     for name in names:  # the control keeps as many entries, up to a short last row block
         assert random["layers"][name][0] == pytest.approx(report["layers"][name][0], abs=0.13)
+
+
+def bytes_of_hook(rank: int, which: str) -> tuple[float | None, float | None]:
+    ddp = DDP(make())
+    hook = {"plain": None, "fp16": default_hooks.fp16_compress_hook, "own": hook_of_ones_own}[which]
+    attachment = gmscale.attach(ddp, GradientMask(block=4), site="ddp", hook=hook)
+    for step in range(2):
+        loss_of(ddp, rank, step).backward()
+    report = attachment.report()
+    return report.wire_bytes, report.dense_bytes
+
+
+def hook_of_ones_own(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    return default_hooks.allreduce_hook(None, bucket)
+
+
+def test_report_counts_the_bytes_of_torchs_hooks_and_does_not_guess_those_of_others(tmp_path):
+    whole = 4.0 * sum(p.numel() for p in make().parameters())
+    assert run_ranks(bytes_of_hook, WORLD, tmp_path, "plain")[0] == (whole, whole)
+    assert run_ranks(bytes_of_hook, WORLD, tmp_path, "fp16")[0] == (whole / 2, whole)
+    assert run_ranks(bytes_of_hook, WORLD, tmp_path, "own")[0] == (None, None)

@@ -1,0 +1,59 @@
+"""gmscale bench: what the mask costs and saves, measured beside what it is compared with, in one run."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from gmscale.errors import UsageError, nearest
+
+_HELP = """\
+usage: gmscale bench WHAT ...
+
+  step   whole training steps: plain DDP, torch's hooks and our modes; ratios, bytes, memory
+  mask   the masking alone on the gradients of real models, as a share of what a memory copy reaches
+  comm   the same training steps over a link whose rate is limited (Linux, root)
+
+gmscale bench WHAT --help explains the options."""
+
+
+def main(argv: list[str]) -> int:
+    """Run one benchmark; those of several processes start them themselves. Returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP)
+        return 0 if argv else 2
+    if argv[0] not in _BENCHES:
+        expected = ", ".join(_BENCHES)
+        raise UsageError(f"gmscale bench: {argv[0]!r}; expected one of {expected}{nearest(argv[0], _BENCHES)}")
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        return _BENCHES[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)  # in order: what was started is ended, what was made is removed
+
+
+def _step(argv: list[str]) -> int:
+    from gmscale.bench.step import main as step
+
+    return step(argv)
+
+
+def _mask(argv: list[str]) -> int:
+    from gmscale.bench.mask import main as mask
+
+    return mask(argv)
+
+
+def _comm(argv: list[str]) -> int:
+    from gmscale.bench.comm import main as comm
+
+    return comm(argv)
+
+
+_BENCHES: dict[str, Callable[[list[str]], int]] = {"step": _step, "mask": _mask, "comm": _comm}
