@@ -31,6 +31,9 @@ ONLY = {
     "checkpoint": {"parallel"},
     "tracking": set(),
     "evaluation": {"data", "parallel"},
+    "records": {"sites"},
+    "bench": {"environment", "masking", "parallel", "sites", "tracking"},
+    "verify": {"config", "data", "masking", "models", "parallel", "sites", "tracking"},
 }
 MAY_IMPORT_TRAIN = {"cli", "compare", "sweep"}
 

@@ -12,13 +12,13 @@ import timm
 import torch
 
 from gmscale import bench
-from gmscale.bench import processes, training
+from gmscale.bench import training
 from gmscale.bench.mask import Gradients, Masking
 from gmscale.bench.memory import copy_gb_per_s, least_bytes
 from gmscale.bench.step import attempt
 from gmscale.errors import RunError, UsageError
 from gmscale.masking import GradientMask
-from gmscale.parallel import World
+from gmscale.parallel import World, local_ranks
 from gmscale.sites.selection import select
 
 TINY = training.Setting(model="test_byobnet", image_size=32, batch_size=2, amp="none", rounds=1, steps=1)
@@ -46,7 +46,7 @@ ENTRIES = sum(p.numel() for p in timm.create_model("test_byobnet", num_classes=1
 def test_bad_input_is_refused_before_anything_starts(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "_context", None)
+    monkeypatch.setattr(local_ranks, "_context", None)
     with pytest.raises(UsageError, match=message):
         bench.main(arguments)
 
@@ -85,13 +85,13 @@ def is_killed(world: World) -> dict[str, Any]:
 
 
 def test_ranks_answer_and_their_errors_come_back(capfd: pytest.CaptureFixture[str]) -> None:
-    assert processes.run_ranks(who, 2, "hello") == {"size": 2, "rank": 0, "word": "hello"}
+    assert local_ranks.run_ranks(who, 2, "hello") == {"size": 2, "rank": 0, "word": "hello"}
     with pytest.raises(UsageError, match=r"^the reason$"):
-        processes.run_ranks(fails, 2, UsageError)
-    with pytest.raises(RunError, match="rank 1 of the benchmark failed: KeyError: 'the reason'"):
-        processes.run_ranks(fails, 2, KeyError)
+        local_ranks.run_ranks(fails, 2, UsageError)
+    with pytest.raises(RunError, match="rank 1 failed: KeyError: 'the reason'"):
+        local_ranks.run_ranks(fails, 2, KeyError)
     with pytest.raises(RunError, match="was killed"):
-        processes.run_ranks(is_killed, 1)
+        local_ranks.run_ranks(is_killed, 1)
 
 
 @pytest.mark.parametrize(("error", "key"), [(UsageError, "skipped"), (RunError, "failed")])
@@ -111,7 +111,7 @@ def traffic(world: World, names: list[str]) -> dict[str, Any]:
 
 def test_bytes_are_those_that_the_gradients_have() -> None:
     names = [training.PLAIN, "bf16 hook", "PowerSGD", "pool", "consensus", "consensus + bf16"]
-    rows = processes.run_ranks(traffic, 2, names)
+    rows = local_ranks.run_ranks(traffic, 2, names)
     reduced = {name: rows[name]["collectives"]["allreduce"]["bytes"] / 3 for name in names}
     assert reduced["plain DDP"] == reduced["pool"] == 4 * ENTRIES
     assert reduced["bf16 hook"] == 2 * ENTRIES

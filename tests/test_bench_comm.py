@@ -15,9 +15,9 @@ import pytest
 
 from gmscale import bench, cli
 from gmscale.bench import link
-from gmscale.bench.processes import run_ranks
 from gmscale.errors import RunError
 from gmscale.parallel import World
+from gmscale.parallel.local_ranks import run_ranks
 
 SIZE = ["--model", "test_byobnet", "--image_size", "32", "--batch_size", "2"]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from gmscale.bench.link import UNLIMITED, Link, bits_per_s, bytes_sent, limit, veth_link
 from gmscale.bench.options import add_training, chosen_variants, setting_of
-from gmscale.bench.processes import run_ranks
 from gmscale.bench.step import attempt
 from gmscale.bench.table import number, print_notes, print_table, write_json
 from gmscale.bench.training import Duel, Setting, alone
 from gmscale.errors import OneLineParser
 from gmscale.parallel import World
+from gmscale.parallel.local_ranks import run_ranks
 
 _PORT = "29400"  # the namespaces are new: nobody else listens there
 

@@ -4,10 +4,10 @@ import sys
 from typing import Any
 
 from gmscale.bench.options import add_training, chosen_variants, setting_of
-from gmscale.bench.processes import run_ranks
 from gmscale.bench.table import number, print_notes, print_table, write_json
 from gmscale.bench.training import PLAIN, Setting, alone, duel
 from gmscale.errors import OneLineParser, RunError, UsageError
+from gmscale.parallel.local_ranks import run_ranks
 
 
 def main(argv: list[str]) -> int:

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from gmscale import config as configuration
 from gmscale import data, models
-from gmscale.bench.processes import run_ranks
 from gmscale.config import TrainConfig
 from gmscale.errors import RunError, UsageError, check_choice, check_range
+from gmscale.parallel.local_ranks import run_ranks
 from gmscale.tracking import plain_console
 from gmscale.verify.comparisons import NAMES, run
 from gmscale.verify.verdict import Difference

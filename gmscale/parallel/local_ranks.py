@@ -1,4 +1,4 @@
-"""The processes of a benchmark: forked from one that has imported torch and timm once, so a start is cheap."""
+"""Ranks on this machine, forked from a process that has imported torch and timm once, so a start is cheap."""
 
 import ctypes
 import multiprocessing
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gmscale import parallel
 from gmscale.config import ParallelConfig
 from gmscale.errors import RunError, UsageError
+from gmscale.parallel.processes import end_process, init
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gmscale.bench.training"])
+_context.set_forkserver_preload(["timm", "gmscale.sites", "gmscale.parallel"])
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
@@ -69,11 +69,11 @@ def _answers(pipes: list[Connection]) -> list[dict[str, Any]]:
             try:
                 kind, answer = waiting.pop(rank).recv()
             except EOFError:
-                raise RunError(f"rank {rank} of the benchmark was killed (out of memory?)") from None
+                raise RunError(f"rank {rank} was killed (out of memory?)") from None
             if kind == "usage":
                 raise UsageError(answer)
             if kind == "error":
-                raise RunError(f"rank {rank} of the benchmark failed: {answer}")
+                raise RunError(f"rank {rank} failed: {answer}")
             answers[rank] = answer
     return [answers[rank] for rank in range(len(pipes))]
 
@@ -90,7 +90,7 @@ def _rank(
         os.environ.update(environ)
         if namespace is not None:
             _enter(namespace)
-        world = parallel.init(ParallelConfig())
+        world = init(ParallelConfig())
         pipe.send(("done", function(world, *args)))
         pipe.poll(None)  # a rank that leaves early breaks the collectives of the others: all wait to be ended
     except UsageError as error:
@@ -101,7 +101,7 @@ def _rank(
         if not isinstance(error, BrokenPipeError):
             traceback.print_exc(file=sys.stderr)
             pipe.send(("error", " ".join(f"{type(error).__name__}: {error}".split())[:300]))
-    parallel.end_process(0)
+    end_process(0)
 
 
 def _enter(namespace: str) -> None:
