@@ -1,6 +1,7 @@
 """One training run in one process: what it leaves, the order within a step, and that it resumes exactly."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -16,11 +17,14 @@ import pytest
 import tiny
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gmscale import checkpoint, data, evaluation, models, parallel, rundir
+from gmscale import train as training
 from gmscale.config import TrainConfig, from_dict
 from gmscale.data import embedded
 from gmscale.errors import UsageError
@@ -418,6 +422,64 @@ def test_killed_before_the_summary_a_run_still_gets_one(
     for name in ("top1", "top5", "loss", "best_top1", "ema_top1", "steps"):
         assert again[name] == summary[name]
     assert tiny.metrics(tmp_path / "run") == before
+
+
+# ---- masks of layer outputs, and probes --------------------------------------------------------------------------
+
+
+def board_tags(run_dir: Path) -> set[str]:
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"))
+    accumulator.Reload()
+    return set(accumulator.Tags()["scalars"])
+
+
+def test_probes_log_every_layer_and_change_nothing(tmp_path: Path, cache: Path) -> None:
+    tiny.train(tiny.config(cache, tmp_path / "plain"))
+    console = Console(file=io.StringIO())
+    training.train(tiny.config(cache, tmp_path / "probed", run={"probe_every": 2}), tiny.ALONE, console)
+    torch.use_deterministic_algorithms(False)
+    assert tiny.different(weights(tmp_path / "plain"), weights(tmp_path / "probed")) == []
+    found = [r for r in tiny.metrics(tmp_path / "probed") if r["phase"] == "quality"]
+    assert [r["step"] for r in found] == [1, 3, 5]
+    touched = {t["name"] for t in json.loads((tmp_path / "probed" / "touched.json").read_text())["mask"]["touched"]}
+    for record in found:
+        assert set(record["layer_gain"]) == set(record["layer_control_gain"]) == touched
+        assert 0 < record["kept_entries"] < record["kept_energy"] < 1
+        assert record["cost_ms"] > 0
+    assert {f"quality_layer_gain/{name}" for name in touched} <= board_tags(tmp_path / "probed")
+    assert "quality" not in console.file.getvalue()
+
+
+def test_layer_outputs_are_masked_beside_the_weights(tmp_path: Path, cache: Path) -> None:
+    output = {"enabled": True, "strength": 1.0, "start": 0.0, "end": 1.0, "layers": ["stages"]}
+    tiny.train(tiny.config(cache, tmp_path / "one"))
+    tiny.train(tiny.config(cache, tmp_path / "both", output=output))
+    assert tiny.different(weights(tmp_path / "one"), weights(tmp_path / "both"))
+    touched = json.loads((tmp_path / "both" / "touched.json").read_text())
+    assert touched["mask"]["site"] == "single"
+    assert touched["output"]["touched"][0]["map"] == [16, 16]
+    train = [r for r in tiny.metrics(tmp_path / "both") if r["phase"] == "train"]
+    assert all(r["strength"] == 0.5 and r["output_strength"] == 1.0 for r in train)
+    assert all(0 < r["output_kept_entries"] < 1 for r in train)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"run": {"probe_every": 2}, "mask": {"enabled": False}}, "it needs mask.enabled"),
+        ({"run": {"probe_every": 1}}, r"run.probe_every is 1; expected a number in \[2, inf\)"),
+        ({"mask": {"agreement": "consensus"}}, "needs site 'ddp'"),
+        ({"output": {"enabled": True, "layers": ["RELU"]}}, "'ReLU'"),
+        ({"output": {"error_feedback": True}}, "belongs to no later step"),
+    ],
+)
+def test_what_cannot_be_masked_or_probed_is_refused(
+    tmp_path: Path, cache: Path, sections: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        tiny.train(tiny.config(cache, tmp_path / "run", **sections))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- mixed precision ---------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ class ConsensusAttachment(DDPAttachment):
                 self._see(masked, plan.views(maps), decisions)
                 memory = self._memory(bucket)
                 wire = memory.wire = self._pack(bucket, memory, masked, decisions, group.size())
-            self._bytes.add(mean.nbytes + wire.values.nbytes, bucket)
+            if self._observe:
+                self._bytes.add(mean.nbytes + wire.values.nbytes, bucket)
             future = dist.all_reduce(wire.values, group=group, async_op=True).get_future()
         return future.then(self._unpack(buffer, masked, decisions, wire))
 
@@ -188,12 +189,13 @@ class ConsensusAttachment(DDPAttachment):
 
     def _see(self, masked: list[_Masked], maps: list[Tensor], decisions: list[_Decision]) -> None:
         """Note for the report what travels whole and what the common mask keeps of this rank's gradients."""
+        if not self._observe:
+            return
         for parameter, s, decision in zip(masked, maps, decisions, strict=True):
             if decision.dense:
                 self._dense[parameter.name] = decision.dense
-            if self._observe:
-                kept = self.mask.kept(parameter.gradient, s, decision.m)
-                self._kept.setdefault(parameter.name, _Mean()).add(kept.entries, kept.energy)
+            kept = self.mask.kept(parameter.gradient, s, decision.m)
+            self._kept.setdefault(parameter.name, _Mean()).add(kept.entries, kept.energy)
 
     # -- what travels -----------------------------------------------------------------------------------------
     def _pack(

@@ -81,7 +81,7 @@ class DDPAttachment(Attachment):
                 self._mask_all([(name, gradient) for name, gradient in named if name is not None])
             if bucket.is_last() and not self.touched:
                 raise UsageError("the mask touches nothing: no parameter of this model has two dimensions or more")
-        if self._inner in WIRE_DTYPES:
+        if self._observe and self._inner in WIRE_DTYPES:
             self._bytes.add(buffer.numel() * (WIRE_DTYPES[self._inner] or buffer.dtype).itemsize, bucket)
         return self._inner(state, bucket)
 
