@@ -113,11 +113,11 @@ def _in_world(config: Any, body: Callable[[Any], int]) -> int:
         status = body(world)
     except BaseException as error:
         status = _explain_failure(error, world)
-        if world.backend == "ddp":
+        if world.backend != "single":
             parallel.end_process(status)  # tearing down the group could wait for ranks that wait for this one
         return status
     parallel.shutdown(world)
-    if world.backend == "ddp":
+    if world.backend != "single":
         atexit._run_exitfuncs()  # ends loader processes in order
         parallel.end_process(status)
     return status

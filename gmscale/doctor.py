@@ -21,6 +21,7 @@ from gmscale.tracking import plain_console
 _EXTRAS = {
     "embedded": ("mlxtend", "scikit-image", "scikit-learn"),
     "deepspeed": ("deepspeed",),
+    "interop": ("accelerate", "lightning"),
     "sweep": ("ray", "optuna"),
     "eval": ("captum", "torch-pruning", "adversarial-robustness-toolbox"),
 }

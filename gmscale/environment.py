@@ -24,7 +24,7 @@ def describe(world: World) -> dict[str, Any]:
     return {
         "gmscale": __version__,
         "python": platform.python_version(),
-        **{name: package_version(name) for name in PACKAGES},
+        **{name: package_version(name) for name in (*PACKAGES, "triton", "deepspeed")},
         "commit": commit(),
         "hostname": socket.gethostname(),
         "platform": platform.platform(),

@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,6 +19,8 @@ from gmscale import train as training
 from gmscale.config import TrainConfig
 from gmscale.data import DataConfig, embedded
 from gmscale.parallel import World
+
+Sections = dict[str, dict[str, Any]]
 
 SIZE, IMAGE_SIZE, VALIDATION_SIZE = 100, 32, 25
 ALONE = World(0, 0, 1, torch.device("cpu"), "single")
@@ -77,6 +82,34 @@ def train(config: TrainConfig, world: World = ALONE) -> training.Outcome:
         return training.train(config, world, Console(file=io.StringIO()))
     finally:
         torch.use_deterministic_algorithms(False)  # of the whole process: other tests live here too
+
+
+def train_rank(
+    rank: int,
+    size: int,
+    backend: str,
+    cache: Path,
+    run_dir: Path,
+    sections: Sections,
+    stop_after: int | None = None,
+) -> bool:
+    """Train one rank in its own process, rank 1 asked to stop after so many steps; return whether it finished."""
+    world = World(rank, rank, size, torch.device("cpu"), backend, dist.group.WORLD)
+    real, steps = training.train_step, 0
+
+    def step(*arguments: Any) -> Tensor | None:
+        nonlocal steps
+        result = real(*arguments)
+        steps += 1
+        if steps == stop_after and rank == 1:  # one rank alone hears the signal
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    training.train_step = step
+    try:
+        return train(config(cache, run_dir, **sections), world).summary is not None
+    finally:
+        training.train_step = real
 
 
 def after_step(number: int, action: Callable[[], None], patch: Any) -> None:

@@ -22,7 +22,7 @@ _TIMED_CALLS = 4096  # CUDA events kept between two reports, when nobody asks fo
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What the mask did since the last report, on this rank: means over the observed steps, of the time over all."""
+    """What the mask did since the last report, on this rank: means over the observed steps (time: over all)."""
 
     kept_entries: float | None
     """Share of the masked parameters' gradient entries that the keep map keeps; None before the first step."""
@@ -88,8 +88,8 @@ class Attachment(ABC):
 
         Needed only by masks with a schedule (which also need `total_steps`) and by the random operator.
         `grad_scale` is the loss scale that the coming gradients carry (`GradScaler.get_scale()`): what error
-        feedback holds back is brought to the same scale. `observe` False leaves the step out of the report, except its
-        time.
+        feedback holds back is brought to the same scale. `observe` False leaves the step out of the report, but for
+        its time.
         """
         self._step = step
         self._observe = observe

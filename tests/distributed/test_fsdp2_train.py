@@ -1,8 +1,6 @@
 """Back-end fsdp2: a run is resumed bit for bit, agrees with DDP, and its checkpoint is a plain timm model."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,9 +16,7 @@ import tiny
 from ranks import run_ranks
 
 from gmscale import data, evaluation
-from gmscale import train as training
 from gmscale.errors import UsageError
-from gmscale.parallel import World
 
 pytest.importorskip("torch.distributed.fsdp", reason="torch without FSDP2")
 from gmscale.parallel.fsdp2 import blocks
@@ -39,27 +34,6 @@ ADAM_BF16: dict[str, dict[str, Any]] = SECTIONS | {
 }
 
 
-def train(
-    rank: int, size: int, backend: str, cache: Path, run_dir: Path, sections: dict, stop_after: int | None = None
-) -> bool:
-    """Train one rank, asked to stop after some steps; return whether the run finished."""
-    world = World(rank, rank, size, torch.device("cpu"), backend, dist.group.WORLD)
-    real, steps = training.train_step, 0
-
-    def step(*arguments: Any) -> Any:
-        nonlocal steps
-        result = real(*arguments)
-        steps += 1
-        if steps == stop_after and rank == 1:  # one rank alone hears the signal
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    training.train_step = step
-    parallel = sections.get("parallel", {}) | {"threads": 1}
-    config = tiny.config(cache, run_dir, **sections | {"parallel": parallel})
-    return tiny.train(config, world).summary is not None
-
-
 def checkpointed(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((run_dir / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
 
@@ -72,10 +46,10 @@ def test_three_ranks_resume_bit_for_bit(cache: Path, tmp_path: Path, sections: d
     undisturbed, run_dir, stores = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "stores"
     stores.mkdir()
     tiny.build(cache)
-    assert run_ranks(train, 3, stores, 3, "fsdp2", cache, undisturbed, sections) == [True] * 3
-    assert run_ranks(train, 3, stores, 3, "fsdp2", cache, run_dir, sections, 3) == [False] * 3
+    assert run_ranks(tiny.train_rank, 3, stores, 3, "fsdp2", cache, undisturbed, sections) == [True] * 3
+    assert run_ranks(tiny.train_rank, 3, stores, 3, "fsdp2", cache, run_dir, sections, 3) == [False] * 3
     assert tiny.checkpoint_steps(run_dir) == [2, 3]
-    assert run_ranks(train, 3, stores, 3, "fsdp2", cache, run_dir, sections) == [True] * 3
+    assert run_ranks(tiny.train_rank, 3, stores, 3, "fsdp2", cache, run_dir, sections) == [True] * 3
     found = tiny.tensors(run_dir)
     assert tiny.different(tiny.tensors(undisturbed), found) == []
     assert tiny.untimed(tiny.metrics(undisturbed)) == tiny.untimed(tiny.metrics(run_dir))
@@ -109,7 +83,7 @@ def test_weights_are_those_of_ddp(cache: Path, tmp_path: Path, clip: dict) -> No
     optim = SECTIONS["optim"] | clip
     sections = SECTIONS | {"optim": optim, "mask": {"enabled": False}}
     for backend in ("ddp", "fsdp2"):
-        assert all(run_ranks(train, 2, tmp_path, 2, backend, cache, tmp_path / backend, sections))
+        assert all(run_ranks(tiny.train_rank, 2, tmp_path, 2, backend, cache, tmp_path / backend, sections))
     ddp, fsdp2 = checkpointed(tmp_path / "ddp"), checkpointed(tmp_path / "fsdp2")
     assert ddp.keys() == fsdp2.keys()
     assert all(ddp[n].shape == t.shape and ddp[n].dtype == t.dtype for n, t in fsdp2.items())
@@ -140,7 +114,7 @@ def refusals(rank: int, cache: Path, run_dir: Path) -> list[str]:
         {"model": {"ema_decay": 0.9}},
     ):
         with pytest.raises(UsageError) as caught:
-            train(rank, 1, "fsdp2", cache, run_dir, sections)
+            tiny.train_rank(rank, 1, "fsdp2", cache, run_dir, sections)
         messages.append(str(caught.value))
     assert not run_dir.exists()
     return messages

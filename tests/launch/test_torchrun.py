@@ -181,12 +181,14 @@ def corrupt(shards: Path, rank: int, step: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_a_failing_rank_ends_the_job_and_its_error_is_shown_once(
-    cache: Path, tmp_path: Path, jobs: list[Job]
+    cache: Path, tmp_path: Path, jobs: list[Job], backend: str
 ) -> None:
     shards = shutil.copytree(tiny.build(cache), tmp_path / "shards")
     shard = corrupt(shards, rank=1, step=3)
     sections = SECTIONS | {"data": {"batch_size_per_device": 8, "source": str(shards)}}
+    sections |= {"model": {}, "parallel": {"backend": backend}}
     job = Job(tmp_path / "log", "train", *tiny.flags(cache, tmp_path / "run", **sections))
     jobs.append(job)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
