@@ -188,6 +188,8 @@ class ParallelConfig:
     """Seconds a collective may take before it is an error."""
     threads: int = 0
     """Threads a process uses on CPU; 0 shares the cores among the local processes."""
+    comm_hook: Literal["allreduce", "bf16", "fp16"] = "allreduce"
+    """ddp: what reduces the (masked) gradients; bf16 and fp16 halve the bytes that travel."""
     bucket_cap_mb: float = 25.0
     """Size of DDP's gradient buckets."""
     gradient_as_bucket_view: bool = True

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 
 from gmscale import checkpoint, data, evaluation, models, parallel, records, rundir
 from gmscale.config import TrainConfig
@@ -28,6 +29,8 @@ from gmscale.sites import Attachment, attach
 from gmscale.sites.probe import GradientProbe
 from gmscale.tracking import StepClock, Tracker, plain_console, write_atomically
 from gmscale.training_state import Meter, TrainingState
+
+_COMM_HOOKS = {"allreduce": None, "bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
 
 @dataclass(frozen=True)
@@ -216,9 +219,14 @@ def _loaders(config: TrainConfig, world: World) -> tuple[TrainLoader, ValLoader]
 def _attach(wrapped: Wrapped, config: TrainConfig, world: World) -> tuple[Attachment | None, Attachment | None]:
     """Return the masks of the weight gradients and of the layer outputs that the configuration asks for."""
     weights = outputs = None
+    hook = _COMM_HOOKS[config.parallel.comm_hook]
+    if hook is not None and world.backend != "ddp":
+        raise UsageError(f"parallel.comm_hook {config.parallel.comm_hook!r} needs ddp; this is {world.backend}")
     if config.mask.enabled:
         site = world.backend if config.mask.site == "auto" else config.mask.site
-        weights = attach(wrapped.model, config.mask, site)
+        weights = attach(wrapped.model, config.mask, site, hook=hook)
+    elif hook is not None:
+        wrapped.model.register_comm_hook(None, hook)  # type: ignore[operator]
     if config.output.enabled:
         layers, sigmas = config.output.layers or None, config.output.sigmas or None
         outputs = attach(wrapped.model, config.output, "output", layers=layers, sigmas=sigmas)

@@ -470,6 +470,7 @@ def test_layer_outputs_are_masked_beside_the_weights(tmp_path: Path, cache: Path
         ({"run": {"probe_every": 1}}, r"run.probe_every is 1; expected a number in \[2, inf\)"),
         ({"mask": {"agreement": "consensus"}}, "needs site 'ddp'"),
         ({"output": {"enabled": True, "layers": ["RELU"]}}, "'ReLU'"),
+        ({"parallel": {"comm_hook": "bf16"}}, "parallel.comm_hook 'bf16' needs ddp; this is single"),
         ({"output": {"error_feedback": True}}, "belongs to no later step"),
     ],
 )
