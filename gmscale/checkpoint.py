@@ -10,7 +10,6 @@ The directory is written under a temporary name, synced and renamed.
 """
 
 import json
-import os
 import random
 import re
 import shutil
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from gmscale import parallel
 from gmscale.errors import RunError, UsageError
+from gmscale.files import sync, write_durably
 from gmscale.parallel import World
 
 FORMAT = 2
@@ -78,12 +78,12 @@ def save(
                 "optimizer": optimizer_tree,
                 "shared": dict(shared),
             }
-            _write_synced(temporary / "state.json", json.dumps(state, indent=1).encode())
+            write_durably(temporary / "state.json", json.dumps(state, indent=1))
     with parallel.together(world), _explained_disk_errors(final):
         if world.is_main:
-            _sync_directory(temporary)
+            sync(temporary)
             temporary.rename(final)
-            _sync_directory(folder)
+            sync(folder)
             for old in checkpoints(run_dir)[:-keep]:
                 _remove(old)
     return final
@@ -200,8 +200,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, tree: str = "") -> 
     # contiguous copies: safetensors refuses views and tensors that share memory
     flat = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     save_file(flat, path, metadata={"format": "pt", "tree": tree})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def _load_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -225,18 +224,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.old")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

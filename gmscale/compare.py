@@ -18,9 +18,10 @@ from rich.table import Table
 from gmscale import parallel, report
 from gmscale.config import TrainConfig
 from gmscale.errors import UsageError, check_range
+from gmscale.files import write_atomically
 from gmscale.parallel import World
 from gmscale.statistics import Summary
-from gmscale.tracking import plain_console, write_atomically
+from gmscale.tracking import plain_console
 from gmscale.train import train
 
 BASELINE = "no mask"

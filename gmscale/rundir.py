@@ -13,9 +13,9 @@ from gmscale import checkpoint, environment
 from gmscale.config import TrainConfig, changed_on_resume
 from gmscale.data import TrainLoader
 from gmscale.errors import UsageError
+from gmscale.files import write_atomically
 from gmscale.parallel import World
 from gmscale.sites import Attachment
-from gmscale.tracking import write_atomically
 
 
 def finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:

@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
+from gmscale.files import write_atomically
+
 
 def plain_console() -> Console:
     """Return a console on standard output, wide enough for our lines and tables where there is no terminal."""
@@ -163,13 +165,6 @@ def validation_line(record: Mapping[str, Any], epochs: float) -> str:
         f"epoch {record['epoch']:.2f}/{epochs:g}  {record['phase']}: loss {_number(record['loss'])}  "
         f"top1 {_number(record['top1'], 1)} %  top5 {_number(record['top5'], 1)} %  ({record['count']} images)"
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is complete or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _scalars(phase: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

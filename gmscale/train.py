@@ -24,10 +24,11 @@ from gmscale import checkpoint, data, evaluation, models, parallel, records, run
 from gmscale.config import TrainConfig
 from gmscale.data import Batch, TrainLoader, ValLoader
 from gmscale.errors import UsageError
+from gmscale.files import write_atomically
 from gmscale.parallel import StopRequest, World, Wrapped
 from gmscale.sites import Attachment, attach
 from gmscale.sites.probe import GradientProbe
-from gmscale.tracking import StepClock, Tracker, plain_console, write_atomically
+from gmscale.tracking import StepClock, Tracker, plain_console
 from gmscale.training_state import Meter, TrainingState
 
 _COMM_HOOKS = {"allreduce": None, "bf16": bf16_compress_hook, "fp16": fp16_compress_hook}

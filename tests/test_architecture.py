@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "gmscale"
 PARTS = sorted({p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")})
 PARTS.remove("__init__")
 
-# Everybody may use the words of an error and the version.
-FREE = {"errors", "__init__"}
+# Everybody may use the words of an error, the version, and files that are complete or absent.
+FREE = {"errors", "files", "__init__"}
 
 # What a part may import at most, besides FREE; a part that is not named here is judged by the other rules alone.
 ONLY = {
     "errors": set(),
+    "files": set(),
     "masking": set(),
     "sites": {"masking"},
     "data": set(),

@@ -7,7 +7,6 @@ they are used, the same bytes each time; gmscale redistributes none of the sourc
 
 import io
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from PIL import Image
 
 from gmscale.data.config import DataConfig
 from gmscale.errors import UsageError
+from gmscale.files import sync, write_atomically
 
 # Part of the directory's name: raise it whenever the pictures change.
 FORMAT_VERSION = 2
@@ -98,7 +98,7 @@ def build(directory: Path, size: int, image_size: int = 64, seed: int = 0) -> No
             "shard_lengths": list(lengths.values()),
         }
     info = {"name": "gmscale-embedded", "splits": splits, "classes": CLASSES}
-    _write(directory / "_info.json", (json.dumps(info, indent=2) + "\n").encode())
+    write_atomically(directory / "_info.json", (json.dumps(info, indent=2) + "\n").encode())
 
 
 def _load_sources(rng: np.random.Generator) -> dict[str, _Sources]:
@@ -206,33 +206,15 @@ def _write_shard(path: Path, samples: list[_Sample]) -> None:
     with TarWriter(buffer, encoder=False, mtime=0) as writer:
         for sample in samples:
             writer.write(sample)
-    _write(path, buffer.getvalue())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file that is either complete under its name or absent."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_atomically(path, buffer.getvalue())
 
 
 def _publish(built: Path, target: Path) -> None:
     """Give a finished directory its final name, unless another process did so first with the same bytes."""
-    _sync_directory(built)
+    sync(built)
     try:
         built.rename(target)
     except OSError:
         if not target.is_dir():
             raise
-    _sync_directory(target.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from gmscale.errors import UsageError
+from gmscale.files import write_atomically
 from gmscale.report import figures
 from gmscale.report.comparison import Arm, ArmsTable, arms, differing_keys, plain
 from gmscale.report.runs import Run, find_runs
@@ -33,14 +34,9 @@ def write_report(paths: Iterable[str | Path], out: str | Path | None = None) -> 
     if out.is_dir():
         out = out / "report.html"
     page = _render(runs, out.absolute().parent)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_text(page, encoding="utf-8")
-            os.replace(unfinished, out)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_atomically(out, page)
     except OSError as error:
         raise UsageError(f"cannot write the report to {out}: {error.strerror}") from error
     return out
