@@ -11,6 +11,9 @@ import pytest
 
 HERE = Path(__file__).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+# A plain DDP script of torch 2.14 may end like this after its last line: gloo threads outlive the interpreter. With
+# the mask attached it must not (attach waits for them).
+TORCHS_ABORT = "terminate called without an active exception"
 LINE = re.compile(r"rank (\d): kept ([\d.]+) of the masked gradients' entries, (\w+) ([0-9a-f]{16})")
 
 
@@ -31,7 +34,11 @@ def test_the_mask_is_at_work_and_ranks_agree(
         pytest.skip(f'{package} is not installed: pip install "gmscale[interop]"')
     command = [*launcher, str(HERE / script)]
     both = [start(command, tmp_path), start([*command, "--no_mask"], tmp_path)]
-    masked, plain = (weights_by_rank(process) for process in both)
+    outputs = [output_of(process) for process in both]
+    for _ in range(3):
+        if TORCHS_ABORT in outputs[1]:
+            outputs[1] = output_of(start([*command, "--no_mask"], tmp_path))
+    masked, plain = map(weights_by_rank, outputs)
 
     for what in masked[0][1]:
         assert masked[0][1][what] == masked[1][1][what]
@@ -50,13 +57,17 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def weights_by_rank(process: subprocess.Popen[str]) -> dict[int, tuple[float, dict[str, str]]]:
-    """Return {rank: (kept share, {what: digest of it})} from what an example printed."""
+def output_of(process: subprocess.Popen[str]) -> str:
     try:
         output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
-    assert process.returncode == 0, output
+    assert process.returncode == 0 or ("--no_mask" in process.args and TORCHS_ABORT in output), output
+    return output
+
+
+def weights_by_rank(output: str) -> dict[int, tuple[float, dict[str, str]]]:
+    """Return {rank: (kept share, {what: digest of it})} from what an example printed."""
     found: dict[int, tuple[float, dict[str, str]]] = {}
     for rank, kept, what, digest in LINE.findall(output):
         found.setdefault(int(rank), (float(kept), {}))[1][what] = digest
