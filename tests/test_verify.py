@@ -15,7 +15,7 @@ from gmscale.errors import UsageError
 from gmscale.sites.attachment import Attachment
 from gmscale.verify.comparisons import comparisons
 from gmscale.verify.verdict import Difference, Verdict, classify, difference
-from gmscale.verify.ways import Batches, Way, train
+from gmscale.verify.ways import Batches, Trajectory, Way, train
 
 ROUNDING, REQUIRED, EQUAL = "rounding", "required by the mathematics", "bitwise equal"
 
@@ -199,3 +199,21 @@ def test_a_compiler_that_fails_is_a_row_that_says_so(config, monkeypatch):
         "compile", comparisons(config, 2, verify.NAMES, False)["compile"], "off", reason, "", config, 2
     )
     assert row.verdict == Verdict("skipped", reason)
+
+
+@pytest.mark.parametrize(("in_float64", "kind"), [(1e-12, "rounding"), (1e-3, "UNEXPECTED")])
+def test_float64_settles_whether_a_difference_is_rounding(config, monkeypatch, in_float64, kind):
+    from gmscale.verify import comparisons as module
+
+    def trained(config, way, batches, world):
+        """A gradient of which one entry goes another way in channels_last, in float32 as at a ReLU's corner."""
+        off = (in_float64 if way.float64 else 1e-3) if way.channels_last else 0.0
+        gradient = {"w": torch.tensor([1.0, 1.0 + off], dtype=torch.float64)}
+        zero = {"w": torch.zeros(2, dtype=torch.float64)}
+        return Trajectory(gradient, zero, {"w": -0.1 * gradient["w"]}, None)
+
+    monkeypatch.setattr(module, "train", trained)
+    config = replace(config, mask=replace(config.mask, enabled=False))
+    (row,) = module.run(tiny.ALONE, config, batches(32), ["channels_last"])["rows"]
+    assert row["verdict"]["kind"] == kind
+    assert row["difference"]["gradient_rel"] == pytest.approx(1e-3, rel=1e-2)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MORE = "more than rounding"
 Kind = Literal["bitwise equal", "rounding", "required by the mathematics", "UNEXPECTED", "skipped"]
 
 
@@ -59,7 +60,7 @@ def classify(
         return Verdict("rounding")
     if may_differ:
         return Verdict("required by the mathematics", may_differ)
-    return Verdict("UNEXPECTED", "more than rounding")
+    return Verdict("UNEXPECTED", MORE)
 
 
 def difference(

@@ -39,6 +39,7 @@ class Way:
     """Normalise by the batch at hand instead of by fixed statistics."""
     bucket_cap_mb: float | None = None
     backend: str = "ddp"
+    float64: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a run leaves behind, float32; complete on the main rank."""
+    """What a run leaves behind, float32 or float64; complete on the main rank."""
 
     gradient: dict[str, Tensor] | None
     """Of the first step; None where the back-end shards it."""
@@ -70,8 +71,9 @@ def train(config: TrainConfig, way: Way, batches: Batches, world: World) -> Traj
         optim=replace(config.optim, amp=way.amp, grad_accum_steps=way.micro_batches),
         parallel=replace(config.parallel, bucket_cap_mb=way.bucket_cap_mb or config.parallel.bucket_cap_mb),
     )
-    bare = models.create(config.model, batches.classes)
-    _settle_statistics(bare, torch.from_numpy(batches.images[0]))
+    dtype = torch.float64 if way.float64 else torch.float32
+    bare = models.create(config.model, batches.classes).to(dtype)
+    _settle_statistics(bare, torch.from_numpy(batches.images[0]).to(dtype))
     wrapped = parallel.wrap(bare, lambda model: models.optimizer(model, config.optim), config, world)
     mask = _mask(config, way) if way.masked else None
     attachment = attach(wrapped.model, mask, world.backend) if mask else None
@@ -88,6 +90,7 @@ def train(config: TrainConfig, way: Way, batches: Batches, world: World) -> Traj
         wrapped.zero_grad()
         for i in range(way.micro_batches):
             x, y = (_share(part, world, way.micro_batches, i) for part in (images, labels))
+            x = x.to(dtype)
             with nullcontext() if i + 1 == way.micro_batches else (attachment or wrapped).no_sync():
                 with torch.autocast(world.device.type, wrapped.autocast, enabled=wrapped.autocast is not None):
                     loss = nn.functional.cross_entropy(model(x), y, label_smoothing=config.optim.label_smoothing)
@@ -191,7 +194,11 @@ def _share(part: np.ndarray, world: World, micro_batches: int, i: int) -> Tensor
 
 
 def _copy(tensors: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
-    return {name: x.detach().float().clone() / scale for name, x in tensors.items() if x.is_floating_point()}
+    return {
+        name: x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True) / scale
+        for name, x in tensors.items()
+        if x.is_floating_point()
+    }
 
 
 def _nan_last(x: float) -> float:
