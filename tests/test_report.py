@@ -345,3 +345,16 @@ def test_diverged_loss_leaves_a_gap(tmp_path: Path) -> None:
 def test_report_imports_no_torch() -> None:
     code = "import sys, gmscale.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_that_masks_layer_outputs_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", "")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["mask"] |= {"agreement": "consensus", "strength": None}
+    config["output"] = {"enabled": True, "operator": "log", "strength": 0.25}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    touched = {"output": {"touched": [{"name": "act1", "entries": None}], "passed": ["act2", "act3"]}}
+    (run / "touched.json").write_text(json.dumps(touched))
+    page = Page(write_report([run]))
+    assert "1 layer outputs, 2 pass through" in page.text
+    assert "pool 1 consensus + output log 0.25" in page.text

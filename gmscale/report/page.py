@@ -127,6 +127,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Batch per device", setting("data.batch_size_per_device")),
         ("Device", environment("device")),
         ("Mask touches", _several(_touches(run) for run in runs if run.masked)),
+        ("Output mask touches", _several(_outputs_touched(run) for run in runs if "output" in run.touched)),
         ("Versions", ", ".join(f"{key} {environment(key)}" for key in versions)),
         ("Commit", commits),
     ]
@@ -145,6 +146,11 @@ def _touches(run: Run) -> str:
     entries = sum(layer.get("entries", 0) for layer in touched)
     where = f"site {plain(mask.get('site'))}, agreement {plain(mask.get('agreement'))}"
     return f"{len(touched)} parameters ({entries:,} entries), {len(passed)} pass through; {where}"
+
+
+def _outputs_touched(run: Run) -> str:
+    output = run.touched["output"]
+    return f"{len(output.get('touched', []))} layer outputs, {len(output.get('passed', []))} pass through"
 
 
 def _notices(runs: Sequence[Run], table: ArmsTable) -> list[tuple[str, str]]:
