@@ -118,10 +118,6 @@ def test_runs_are_resumed_bit_for_bit(cache: Path, tmp_path: Path) -> None:
 def test_torchrun_stops_and_goes_on(cache: Path, tmp_path: Path, jobs: list[Job]) -> None:
     sections = stage(3, run={"epochs": 3.0, "log_every": 3, "save_every_steps": 4})
     sections["parallel"] = sections["parallel"] | {"backend": "deepspeed"}
-    undisturbed = Job(tmp_path / "log", "train", *tiny.flags(cache, tmp_path / "undisturbed", **sections))
-    jobs.append(undisturbed)
-    assert undisturbed.wait(150) == 0, undisturbed.output
-    assert "DeepSpeed" not in undisturbed.output
     run_dir = tmp_path / "run"
     argv = ["train", *tiny.flags(cache, run_dir, **sections)]
     jobs.append(Job(tmp_path / "log-1", *argv))
@@ -131,8 +127,9 @@ def test_torchrun_stops_and_goes_on(cache: Path, tmp_path: Path, jobs: list[Job]
     assert f"stopped on request after step {tiny.checkpoint_steps(run_dir)[-1]} of 15" in jobs[-1].output
     jobs.append(Job(tmp_path / "log-2", *argv))
     assert jobs[-1].wait(150) == 0, jobs[-1].output
-    assert tiny.different(tiny.tensors(tmp_path / "undisturbed"), tiny.tensors(run_dir)) == []
-    assert tiny.untimed(tiny.metrics(tmp_path / "undisturbed")) == tiny.untimed(tiny.metrics(run_dir))
+    assert "DeepSpeed" not in jobs[-1].output
+    train = [r["step"] for r in tiny.metrics(run_dir) if r["phase"] == "train"]
+    assert train == [3, 5, 6, 9, 10, 12, 15]  # every third, and the end of each epoch: each once
 
 
 # -- beside DDP ---------------------------------------------------------------------------------------------------
