@@ -29,7 +29,7 @@ class MaskReport:
     kept_energy: float | None
     """Mean over parameters, weighted by their entries, of the kept share of the gradient's squared norm."""
     layers: dict[str, tuple[float, float]]
-    """(kept entries, kept energy) of each masked parameter."""
+    """(kept entries, kept energy) of each masked parameter, in the model's order."""
     hook_ms: float | None
     """Milliseconds a step spent masking, on the device that masks."""
     strength: float | None
@@ -112,7 +112,8 @@ class Attachment(ABC):
     def report(self) -> MaskReport:
         """Return the kept shares and the time a step since the last report, and start afresh."""
         entries = {t.name: torch.Size(t.shape).numel() for t in self.touched}
-        layers = {name: mean.value() for name, mean in self._kept.items()}
+        # in the model's order: gradients arrive from the last layer to the first
+        layers = {t.name: self._kept[t.name].value() for t in self.touched if t.name in self._kept}
         total = sum(entries[name] for name in layers)
         weighted = [
             sum(kept[i] * entries[name] for name, kept in layers.items()) / total if total else None for i in (0, 1)
