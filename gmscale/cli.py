@@ -76,6 +76,12 @@ def _verify(argv: list[str]) -> int:
     return verify(argv)
 
 
+def _shards(argv: list[str]) -> int:
+    from gmscale.shards.commands import main as shards
+
+    return shards(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from gmscale.doctor import main as doctor
 
@@ -88,6 +94,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "bench": _bench,
     "verify": _verify,
+    "shards": _shards,
     "doctor": _doctor,
 }
 _HELP = """\
@@ -98,6 +105,7 @@ usage: gmscale COMMAND ...
   report    write one HTML page about runs       gmscale report runs/quickstart
   bench     cost of the mask, ratios side by side in one run
   verify    which differences between ways to run one training are rounding, which required
+  shards    build webdataset shards from images, prove them, say what they hold
   doctor    what works on this machine, and what to do about the rest
 
 gmscale COMMAND --help explains every field. On several processes: torchrun --nproc_per_node N -m gmscale ...

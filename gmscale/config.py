@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from gmscale.data import DataConfig
+from gmscale.data import AugmentConfig, DataConfig
 from gmscale.errors import UsageError, check_keys, check_range, nearest
 from gmscale.masking import GradientMask
 from gmscale.masking.mask import Operator
@@ -212,6 +212,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -238,7 +239,15 @@ class TrainConfig:
 # What may differ between a run and its resumption; everything else decides the result and must be the same.
 MAY_CHANGE_ON_RESUME = {
     "run": {"dir", "arm", "log_every", "eval_every_epochs", "save_every_steps", "keep_checkpoints", "resume"},
-    "data": {"source", "cache_dir", "workers", "eval_batch_size_per_device"},
+    "data": {
+        "source",
+        "cache_dir",
+        "cache_gb",
+        "workers",
+        "eval_batch_size_per_device",
+        "allow_pipe",
+        "max_bad_share",
+    },
     "parallel": {"timeout_s", "threads"},
 }
 

@@ -1,12 +1,13 @@
 """Files that are complete or absent, also after a crash."""
 
 import os
+import secrets
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, make it durable, and give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # nodes that share a disk may share pids
     try:
         write_durably(temporary, content)
         os.replace(temporary, path)

@@ -11,7 +11,6 @@ import yaml
 
 from gmscale import checkpoint, environment
 from gmscale.config import TrainConfig, changed_on_resume
-from gmscale.data import TrainLoader
 from gmscale.errors import UsageError
 from gmscale.files import write_atomically
 from gmscale.parallel import World
@@ -55,14 +54,12 @@ def write_touched(run_dir: Path, attachments: Mapping[str, Attachment]) -> None:
         write_atomically(run_dir / "touched.json", json.dumps(described, indent=1))
 
 
-def identity(
-    config: TrainConfig, world: World, loader: TrainLoader, attachments: Mapping[str, Attachment]
-) -> dict[str, Any]:
-    """Return what a checkpoint records of its run, for `check_identity` when it is resumed."""
+def identity(config: TrainConfig, world: World, data: str, attachments: Mapping[str, Attachment]) -> dict[str, Any]:
+    """Return what a checkpoint records of its run, `data` being the loader's fingerprint, for `check_identity`."""
     return {
         "config": asdict(config),
         "world_size": world.size,
-        "data": loader.index.fingerprint,
+        "data": data,
         "touched": {name: [t.name for t in a.touched] for name, a in attachments.items()},
     }
 

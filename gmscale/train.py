@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from gmscale import checkpoint, data, evaluation, models, parallel, records, rundir
 from gmscale.config import TrainConfig
-from gmscale.data import Batch, TrainLoader, ValLoader
+from gmscale.data import Batch, FaultLog, StreamLoader, StreamValLoader, TrainLoader, ValLoader
 from gmscale.errors import UsageError
 from gmscale.files import write_atomically
 from gmscale.parallel import StopRequest, World, Wrapped
@@ -30,6 +30,9 @@ from gmscale.sites import Attachment, attach
 from gmscale.sites.probe import GradientProbe
 from gmscale.tracking import StepClock, Tracker, plain_console
 from gmscale.training_state import Meter, TrainingState
+
+Training = TrainLoader | StreamLoader
+Validation = ValLoader | StreamValLoader
 
 _COMM_HOOKS = {"allreduce": None, "bf16": bf16_compress_hook, "fp16": fp16_compress_hook}
 
@@ -74,7 +77,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
 
     # -- resume, or begin -------------------------------------------------------------------------------------
     start = 0
-    identity = rundir.identity(config, world, loader, state.attachments)
+    identity = rundir.identity(config, world, loader.fingerprint, state.attachments)
     with parallel.together(world):
         newest = checkpoint.latest(run_dir)
         if newest is not None:
@@ -86,6 +89,11 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     tracker = (
         Tracker(run_dir, config.arm, total_steps, config.run.epochs, start, console) if world.is_main else None
     )
+    faults = FaultLog(
+        run_dir / f"bad_samples-rank{world.rank}.jsonl", loader.faults, loader.samples, config.data.max_bad_share
+    )
+    if world.is_main:
+        faults.write(loader.faults)
     eval_every = max(1, round(config.run.eval_every_epochs * loader.steps_per_epoch))
     save_every = config.run.save_every_steps or eval_every
     batches = _steps(loader, start, total_steps)
@@ -116,13 +124,15 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
 
             with clock.waiting():
                 micro_batches = next(batches)
+            for batch in micro_batches:
+                faults.add(batch.faults, step // loader.steps_per_epoch)
             if schedule is not None:
                 schedule.step_update(step)
             for mask in state.attachments.values():
                 mask.at(step, total_steps, grad_scale=wrapped.loss_scale(), observe=due_log)
             if probe is not None:
                 probe.before(step)
-            grad_norm = train_step(state, micro_batches, config, world)
+            grad_norm = train_step(state, micro_batches, config, world, len(loader.classes))
             quality = probe.after(step) if probe is not None else None
             if step == start and tracker:
                 rundir.write_touched(run_dir, state.attachments)
@@ -135,6 +145,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 values["lr"] = wrapped.optimizer.param_groups[0]["lr"]
                 values |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 values |= records.mask_values(reports, values["step_ms"])
+                values["bad_samples"] = _bad_samples(faults, world)
                 values["memory_mb"] = parallel.peak_memory_mb(world.device)
                 if tracker:
                     tracker.log("train", step + 1, values)
@@ -181,31 +192,29 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
 
 
 def train_step(
-    state: TrainingState, micro_batches: list[Batch], config: TrainConfig, world: World
+    state: TrainingState, micro_batches: list[Batch], config: TrainConfig, world: World, classes: int
 ) -> Tensor | None:
     """Do one optimizer step on this rank's micro-batches; return the gradient norm if clipping by norm is on."""
     wrapped = state.wrapped
     wrapped.model.train()
     wrapped.zero_grad()
     for i, batch in enumerate(micro_batches):
-        images = batch.images.to(world.device, non_blocking=True)
-        labels = batch.labels.to(world.device, non_blocking=True)
-        images = data.normalize(images, config.data.mean, config.data.std)
+        images, targets = data.to_device(batch, config.data, config.augment, classes, world.device)
         last = i + 1 == len(micro_batches)
         with nullcontext() if last else state.no_sync():  # the last backward pass masks and reduces
             with torch.autocast(world.device.type, wrapped.autocast, enabled=wrapped.autocast is not None):
                 logits = wrapped.model(images)
-                loss = nn.functional.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
+                loss = nn.functional.cross_entropy(logits, targets, label_smoothing=config.optim.label_smoothing)
             # the mean over the global batch: this divides by the micro-batches, the back-end by the world size
             wrapped.backward(loss / len(micro_batches))
-        state.meter.add(loss.detach(), logits.detach(), labels)
+        state.meter.add(loss.detach(), logits.detach(), batch.labels.to(world.device, non_blocking=True))
     return wrapped.step()
 
 
-def _loaders(config: TrainConfig, world: World) -> tuple[TrainLoader, ValLoader]:
-    def open_both() -> tuple[TrainLoader, ValLoader]:
-        accumulate = config.optim.grad_accum_steps
-        loader = data.train_loader(config.data, config.run.seed, world.rank, world.size, accumulate)
+def _loaders(config: TrainConfig, world: World) -> tuple[Training, Validation]:
+    def open_both() -> tuple[Training, Validation]:
+        seed, accumulate = config.run.seed, config.optim.grad_accum_steps
+        loader = data.train_loader(config.data, config.augment, seed, world.rank, world.size, accumulate)
         return loader, data.val_loader(config.data, world.rank, world.size)
 
     with parallel.together(world):
@@ -262,7 +271,14 @@ def _replica(wrapped: Wrapped, config: TrainConfig, classes: int) -> nn.Module:
     return model
 
 
-def _steps(loader: TrainLoader, start: int, total_steps: int) -> Iterator[list[Batch]]:
+def _bad_samples(faults: FaultLog, world: World) -> int:
+    """Return the bad samples of the epoch so far over all ranks. Too many are a RunError on every rank."""
+    found = int(parallel.sum_over_ranks(torch.tensor([faults.found], dtype=torch.float64), world))
+    faults.check(found)
+    return len(faults.known) + found
+
+
+def _steps(loader: Training, start: int, total_steps: int) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each step from `start` on, through all epochs."""
     while start < total_steps:
         epoch, offset = divmod(start, loader.steps_per_epoch)

@@ -33,7 +33,8 @@ ONLY = {
     "tracking": set(),
     "evaluation": {"data", "parallel"},
     "records": {"sites"},
-    "bench": {"environment", "masking", "parallel", "sites", "tracking"},
+    "bench": {"data", "environment", "masking", "parallel", "sites", "tracking"},
+    "shards": {"data"},
     "verify": {"config", "data", "masking", "models", "parallel", "sites", "tracking"},
 }
 MAY_IMPORT_TRAIN = {"cli", "compare", "sweep"}

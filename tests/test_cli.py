@@ -89,7 +89,7 @@ def test_a_wrong_command_line_is_one_line(gmscale: Call, argv: list[str], said: 
         ("data.source", "nowhere", "nowhere is not a directory"),
         ("data.train_split", "trian", "did you mean 'train'"),
         ("data.batch_size_per_device", "1000", "the training split has 100"),
-        ("data.auto_augment", "rnad", "'rnad'"),
+        ("augment.auto_augment", "rnad", "'rnad'"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_writes_nothing(
@@ -114,18 +114,18 @@ def _empty_directory(shards: Path) -> str:
 
 def _missing_shard(shards: Path) -> str:
     (shards / "gmscale-train-0000.tar").unlink()
-    return "gmscale-train-0000.tar cannot be read: No such file"
+    return "gmscale-train-0000.tar: there is no such file"
 
 
 def _empty_shard(shards: Path) -> str:
     (shards / "gmscale-train-0000.tar").write_bytes(b"")
-    return "gmscale-train-0000.tar is empty"
+    return "gmscale-train-0000.tar: 0 bytes"
 
 
 def _truncated_shard(shards: Path) -> str:
     path = shards / "gmscale-validation-0000.tar"
     path.write_bytes(path.read_bytes()[:9000])
-    return "gmscale-validation-0000.tar is not an uncompressed tar, or is damaged: unexpected end of data"
+    return "gmscale-validation-0000.tar: ends at byte 9216, after '0000002.cls', without the two blocks of zeros"
 
 
 @pytest.mark.parametrize("damage", [_empty_directory, _missing_shard, _empty_shard, _truncated_shard])

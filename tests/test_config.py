@@ -52,7 +52,7 @@ def test_an_empty_section_changes_nothing(tmp_path: Path) -> None:
         ("optim: {lrr: 1}", "'lr'"),
         ("mask: {sigm: 1}", "'sigma'"),
         ("data: {batchsize_per_device: 1}", "'batch_size_per_device'"),
-        ("lr: 1", "run, model, data, optim, mask, output, parallel"),
+        ("lr: 1", "run, model, data, augment, optim, mask, output, parallel"),
     ],
 )
 def test_an_unknown_key_in_a_file_or_mapping_names_the_nearest(tmp_path: Path, text: str, meant: str) -> None:
@@ -105,9 +105,9 @@ def test_an_unknown_keyword_of_the_mask_names_the_nearest() -> None:
         ("model.kwargs", "3", "a mapping"),
         ("data.size", "3", r"\[4, inf\)"),
         ("data.workers", "-1", r"\[0, inf\)"),
-        ("data.crop_scale", "3", "a list"),
-        ("data.crop_scale", "[0.5, 0.6, 0.7]", "2 elements"),
-        ("data.crop_scale", "[0.9, 0.1]", "the smaller number first"),
+        ("augment.crop_scale", "3", "a list"),
+        ("augment.crop_scale", "[0.5, 0.6, 0.7]", "2 elements"),
+        ("augment.crop_scale", "[0.9, 0.1]", "the smaller number first"),
         ("optim.lr", "nan", "number"),
         ("optim.lr", "0", r"\(0, inf\)"),
         ("optim.amp", "bf61", "bf16"),
@@ -194,7 +194,7 @@ def test_yaml_of_a_configuration_reads_back_equal(
         config,
         run=replace(config.run, arm=arm, epochs=epochs, resume="never"),
         model=replace(config.model, kwargs=kwargs),
-        data=replace(config.data, crop_scale=(low, 0.9)),
+        augment=replace(config.augment, crop_scale=(low, 0.9)),
         optim=replace(config.optim, lr=lr),
         mask=replace(config.mask, operator="log", sigma=sigma, include=tuple(include), enabled=False),
     )

@@ -12,7 +12,7 @@ import pytest
 import timm.data
 from PIL import Image
 
-from gmscale.data import DataConfig, embedded, open_index
+from gmscale.data import DataConfig, embedded, open_index, open_split
 from gmscale.errors import UsageError
 
 SIZE = 64
@@ -61,7 +61,7 @@ def test_timm_reads_every_sample_with_our_labels(built: Path, split: str, count:
     expected = [label for _, label, _ in samples(built, split)]
     assert len(dataset) == len(expected) == count
     assert [label for _, label in dataset] == expected
-    assert open_index(built, split).label.tolist() == expected
+    assert open_index(open_split(DataConfig(source=str(built)), split)).label.tolist() == expected
 
 
 def test_the_box_holds_the_digit_and_labels_agree(built: Path) -> None:
@@ -98,7 +98,7 @@ def test_ensure_builds_once_and_names_what_it_holds(tmp_path: Path, monkeypatch:
     config = DataConfig(cache_dir=str(tmp_path / "cache"), size=8, image_size=32)
     directory = embedded.ensure(config)
     assert directory.name == f"embedded-v{embedded.FORMAT_VERSION}-32px-8"
-    assert len(open_index(directory, "train")) == 8
+    assert len(open_index(open_split(DataConfig(source=str(directory)), "train"))) == 8
     monkeypatch.setattr(embedded, "build", pytest.fail)
     assert embedded.ensure(config) == directory
     assert list(directory.parent.iterdir()) == [directory]

@@ -21,18 +21,21 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from gmscale.data import (
+    AugmentConfig,
     Batch,
     DataConfig,
     TrainLoader,
     ValLoader,
     embedded,
-    loader,
-    normalize,
     order,
+    to_device,
     train_loader,
     val_loader,
+    workers,
 )
-from gmscale.data.transforms import eval_transform, train_transform
+from gmscale.data.images import transforms
+from gmscale.data.images.transforms import Transform, eval_transform
+from gmscale.data.index import read
 from gmscale.errors import RunError, UsageError
 
 shard_lengths = st.lists(st.integers(0, 9), min_size=1, max_size=40).filter(any).map(np.array)
@@ -116,6 +119,12 @@ def test_a_step_larger_than_the_split_is_refused() -> None:
 # ---- loader ------------------------------------------------------------------------------------------------
 
 
+# All three random generators are drawn from, in the loader process and for the device.
+AUGMENT = AugmentConfig(
+    auto_augment="augmix-m5-w4-d2", hflip=0.5, erase_prob=0.5, mixup=0.2, cutmix=1.0, mix_mode="elem"
+)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """48 training pictures in 3 shards, 12 for validation; augmented by all three random generators."""
@@ -127,7 +136,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
         batch_size_per_device=4,
         eval_batch_size_per_device=5,
         workers=0,
-        auto_augment="augmix-m5-w4-d2",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "SAMPLES_PER_SHARD", 16)
@@ -137,20 +145,42 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.fixture(autouse=True)
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_available_cores", lambda: 3)
+    monkeypatch.setattr(workers, "available_cores", lambda: 3)
 
 
 def flatten(steps: list[list[Batch]]) -> tuple[torch.Tensor, torch.Tensor]:
     batches = [batch for step in steps for batch in step]
-    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+    images = [batch.images for batch in batches if isinstance(batch.images, torch.Tensor)]
+    return torch.cat(images), torch.cat([batch.labels for batch in batches])
 
 
-def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(flatten(first), flatten(second), strict=True))
+def prepared(steps: list[list[Batch]], config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what the model takes: images mixed, normalised and erased, with their targets."""
+    cpu = torch.device("cpu")
+    return [to_device(batch, config, AUGMENT, 10, cpu) for step in steps for batch in step]
+
+
+def same(first: list[list[Batch]], second: list[list[Batch]], config: DataConfig) -> bool:
+    pairs = zip(prepared(first, config), prepared(second, config), strict=True)
+    return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+def opened(
+    config: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1, grad_accum_steps: int = 1
+) -> TrainLoader:
+    train = train_loader(config, AUGMENT, seed, rank, world_size, grad_accum_steps)
+    assert isinstance(train, TrainLoader)
+    return train
+
+
+def opened_val(config: DataConfig, rank: int = 0, world_size: int = 1) -> ValLoader:
+    val = val_loader(config, rank, world_size)
+    assert isinstance(val, ValLoader)
+    return val
 
 
 def test_batches_are_channels_last_bytes_in_the_planned_order(config: DataConfig) -> None:
-    train = train_loader(config, seed=1, rank=1, world_size=2, grad_accum_steps=3)
+    train = opened(config, seed=1, rank=1, world_size=2, grad_accum_steps=3)
     assert (train.global_batch_size, train.steps_per_epoch, len(train.classes)) == (24, 2, 10)
     steps = list(train.epoch(0))
     assert [len(step) for step in steps] == [3, 3]
@@ -160,33 +190,44 @@ def test_batches_are_channels_last_bytes_in_the_planned_order(config: DataConfig
     assert images.dtype == torch.uint8
     assert labels.dtype == torch.int64
     for batch in steps[0]:
+        assert isinstance(batch.images, torch.Tensor)
         assert batch.images.shape == (4, 3, 32, 32)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def open_train(config: DataConfig) -> TrainLoader:
+    return opened(config, seed=3, grad_accum_steps=2)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_and_resumes_change_nothing(config: DataConfig) -> None:
     expected = {epoch: list(open_train(config).epoch(epoch)) for epoch in (0, 1)}
-    assert not same(expected[0], expected[1])
-    for workers in (0, 1, 3):
-        train = open_train(replace(config, workers=workers))
+    assert not same(expected[0], expected[1], config)
+    for count in (0, 1, 3):
+        train = open_train(replace(config, workers=count))
         # The second epoch abandons the first, whose batches may still be under way in the workers.
-        assert same([next(train.epoch(0))], expected[0][:1])
-        assert same(list(train.epoch(1)), expected[1])
+        assert same([next(train.epoch(0))], expected[0][:1], config)
+        assert same(list(train.epoch(1)), expected[1], config)
         for start_step in (2, train.steps_per_epoch - 1):
-            assert same(list(train.epoch(0, start_step)), expected[0][start_step:])
+            assert same(list(train.epoch(0, start_step)), expected[0][start_step:], config)
         assert list(train.epoch(0, train.steps_per_epoch)) == []
 
 
-def open_train(config: DataConfig) -> TrainLoader:
-    return train_loader(config, seed=3, rank=0, world_size=1, grad_accum_steps=2)
-
-
-def test_augmentation_belongs_to_the_sample_not_to_the_rank(config: DataConfig) -> None:
-    alone = flatten(list(train_loader(config, 0, 0, 1, 1).epoch(0)))[0]
-    ranks = [train_loader(config, 0, rank, 2, 1) for rank in range(2)]
-    together = flatten([step for pair in zip(*(rank.epoch(0) for rank in ranks), strict=True) for step in pair])[0]
-    assert torch.equal(alone, together)
+@pytest.mark.parametrize(("batch_size", "world_size", "workers"), [(2, 4, 0), (4, 2, 1), (8, 1, 2)])
+def test_a_global_batch_does_not_depend_on_its_division_also_after_a_resume(
+    config: DataConfig, batch_size: int, world_size: int, workers: int
+) -> None:
+    # Half of an epoch by one process, the rest by another number of them.
+    alone = prepared(list(opened(replace(config, batch_size_per_device=8)).epoch(1)), config)
+    settings = replace(config, batch_size_per_device=batch_size, workers=workers)
+    ranks = [opened(settings, rank=rank, world_size=world_size) for rank in range(world_size)]
+    steps = list(zip(*(rank.epoch(1, start_step=3) for rank in ranks), strict=True))
+    assert len(alone) == 6
+    assert len(steps) == 3
+    for (images, targets), step in zip(alone[3:], steps, strict=True):
+        parts = prepared(list(step), config)
+        assert torch.equal(images, torch.cat([part for part, _ in parts]))
+        assert torch.equal(targets, torch.cat([part for _, part in parts]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -212,7 +253,7 @@ def test_the_training_process_keeps_its_random_states(config: DataConfig, worker
 def test_validation_counts_every_sample_once(config: DataConfig, workers: int, world_size: int) -> None:
     seen: list[int] = []
     for rank in range(world_size):
-        share = val_loader(replace(config, workers=workers), rank, world_size)
+        share = opened_val(replace(config, workers=workers), rank, world_size)
         assert len(share.index) == 12
         for images, labels, indices in share:
             assert images.shape == (len(labels), 3, 32, 32)
@@ -222,10 +263,10 @@ def test_validation_counts_every_sample_once(config: DataConfig, workers: int, w
 
 
 def test_validation_pictures_are_the_stored_ones_each_time(config: DataConfig) -> None:
-    val = val_loader(config, 0, 1)
+    val = opened_val(config)
     (first, *_), *_ = val
     (second, *_), *_ = val
-    stored = Image.open(io.BytesIO(loader.shards.read(val.index, 0)))
+    stored = Image.open(io.BytesIO(read(val.index, 0)))
     assert torch.equal(first, second)
     assert np.array_equal(first[0].permute(1, 2, 0).numpy(), np.asarray(stored))
 
@@ -250,7 +291,7 @@ def test_a_picture_that_does_not_decode_is_named(
     config: DataConfig, tmp_path: Path, workers: int, content: bytes
 ) -> None:
     config, message = broken(config, tmp_path, content)
-    said = failure(val_loader(replace(config, workers=workers), 0, 1))
+    said = failure(opened_val(replace(config, workers=workers)))
     assert said.startswith(message)
     assert "\n" not in said
     assert not multiprocessing.active_children()
@@ -267,7 +308,7 @@ def failure(batches: ValLoader) -> str:
 
 def test_a_shard_removed_during_the_run_is_named(config: DataConfig, tmp_path: Path) -> None:
     config, _ = broken(config, tmp_path, b"")
-    val = val_loader(config, 0, 1)
+    val = opened_val(config)
     (tmp_path / "gmscale-validation-0000.tar").unlink()
     assert "gmscale-validation-0000.tar cannot be read: No such file" in failure(val)
 
@@ -276,18 +317,18 @@ class SignalledTransform:
     """An eval transform whose worker first receives each signal that a scheduler may send."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.transform = eval_transform(config)
+        self.transform: Transform = eval_transform(config)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, encoded: bytes) -> np.ndarray:
         assert get_worker_info() is not None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         assert torch.get_num_threads() == 1
-        return self.transform(image)
+        return self.transform(encoded)
 
 
 def test_workers_outlive_the_schedulers_signals(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "eval_transform", SignalledTransform)
+    monkeypatch.setattr(transforms, "eval_transform", SignalledTransform)
     assert sum(len(labels) for _, labels, _ in val_loader(replace(config, workers=2), 0, 1)) == 12
 
 
@@ -295,7 +336,7 @@ def test_a_process_that_fails_within_an_epoch_ends_at_once(config: DataConfig) -
     # multiprocessing ends the workers at exit with SIGTERM, and waits for them.
     program = f"""
 from gmscale.data import *
-epoch = train_loader({replace(config, workers=1)!r}, 0, 0, 1, 1).epoch(0)
+epoch = train_loader({replace(config, workers=1)!r}, AugmentConfig(), 0, 0, 1, 1).epoch(0)
 next(epoch)
 raise SystemExit(7)
 """
@@ -305,7 +346,7 @@ raise SystemExit(7)
     assert time.monotonic() - start < 30
 
 
-# ---- settings and transforms -------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -316,31 +357,42 @@ raise SystemExit(7)
         ("batch_size_per_device", 0),
         ("eval_batch_size_per_device", 0),
         ("workers", -1),
+        ("cache_gb", 0),
+        ("max_bad_share", 1.5),
+        ("crop_pct", 0),
+        ("label", "json."),
+        ("mean", (0.5, 0.5, 128.0)),
+        ("std", (0.5, 0.0, 0.5)),
+    ],
+)
+def test_a_setting_of_the_data_out_of_range_is_named(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"data\.{field}"):
+        DataConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
         ("crop_scale", (0.0, 1.0)),
         ("crop_scale", (0.5, 1.1)),
         ("crop_scale", (0.9, 0.5)),
         ("crop_ratio", (2.0, 1.0)),
         ("hflip", 1.5),
+        ("vflip", -0.1),
         ("color_jitter", float("nan")),
-        ("mean", (0.5, 0.5, 128.0)),
-        ("std", (0.5, 0.0, 0.5)),
+        ("erase_prob", 2),
+        ("erase_count", 0),
+        ("mixup", -1),
+        ("cutmix_minmax", (0.9, 0.2)),
+        ("mix_switch_prob", 1.1),
+        ("mix_off_epoch", -1),
     ],
 )
-def test_a_setting_out_of_range_is_named(field: str, value: object) -> None:
-    with pytest.raises(UsageError, match=rf"data\.{field}"):
-        DataConfig(**{field: value})  # type: ignore[arg-type]
+def test_a_setting_of_the_augmentation_out_of_range_is_named(field: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"augment\.{field}"):
+        AugmentConfig(**{field: value})  # type: ignore[arg-type]
 
 
-def test_an_unknown_augmentation_policy_is_named() -> None:
-    with pytest.raises(UsageError, match=r"data\.auto_augment: .*'wobble'"):
-        train_transform(DataConfig(auto_augment="wobble"))
-
-
-def test_normalised_images_have_their_statistics_and_strides() -> None:
-    config = DataConfig()
-    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8).to(memory_format=torch.channels_last)
-    floats = normalize(images, config.mean, config.std)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
-    torch.testing.assert_close(floats, (images / 255 - mean) / std, rtol=1e-5, atol=1e-5)
-    assert floats.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(normalize(images, config.mean, config.std, torch.bfloat16), floats.bfloat16())
+def test_mixing_needs_batches_of_pairs(config: DataConfig) -> None:
+    with pytest.raises(UsageError, match=r"data\.batch_size_per_device"):
+        train_loader(replace(config, batch_size_per_device=3), AUGMENT, 0, 0, 1, 1)

@@ -242,7 +242,7 @@ def test_a_step_accumulates_then_masks_then_unscales_then_clips(
     micro_batches = random_batches(2, 8)
 
     state.attachment.at(0, 10, grad_scale=state.wrapped.loss_scale(), observe=False)
-    norm = train_step(state, micro_batches, config, tiny.ALONE)
+    norm = train_step(state, micro_batches, config, tiny.ALONE, 10)
 
     def mask(grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {n: oracle.apply(g, 1.0) if n in touched else g for n, g in grads.items()}
@@ -277,7 +277,7 @@ def test_two_micro_batches_do_the_same_as_one_of_both(tmp_path: Path, cache: Pat
         model = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
         state = state_of(config, model)
         for _ in range(3):
-            train_step(state, micro_batches, config, tiny.ALONE)
+            train_step(state, micro_batches, config, tiny.ALONE, 10)
         assert state.meter.values(tiny.ALONE)["loss"] > 0
         ends.append(model.state_dict())
     for name, weights in ends[0].items():
@@ -301,7 +301,7 @@ def test_every_way_of_clipping_bounds_the_step(tmp_path: Path, cache: Path, mode
     torch.manual_seed(0)
     model = models.create(config.model, 10)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train_step(state_of(config, model), random_batches(1, 8), config, tiny.ALONE)
+    train_step(state_of(config, model), random_batches(1, 8), config, tiny.ALONE, 10)
     steps = {n: (p.detach() - start[n]).abs() for n, p in model.named_parameters()}
     assert any(s.max() > 0 for s in steps.values())
     if mode == "norm":
@@ -358,7 +358,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "run": {"epochs": 2, "log_every": 2},
         "optim": {"grad_accum_steps": 3, "amp": "bf16", "sched": "poly"},
         "model": {"channels_last": False},
-        "data": {"workers": 1, "auto_augment": "rand-m9-mstd0.5"},
+        "data": {"workers": 1},
+        "augment": {"auto_augment": "rand-m9-mstd0.5"},
     },
 }
 

@@ -10,9 +10,10 @@ from gmscale.errors import UsageError, nearest
 _HELP = """\
 usage: gmscale bench WHAT ...
 
-  step   whole training steps: plain DDP, torch's hooks and our modes; ratios, bytes, memory
-  mask   the masking alone on the gradients of real models, as a share of what a memory copy reaches
-  comm   the same training steps over a link whose rate is limited (Linux, root)
+  step    whole training steps: plain DDP, torch's hooks and our modes; ratios, bytes, memory
+  mask    the masking alone on the gradients of real models, as a share of what a memory copy reaches
+  comm    the same training steps over a link whose rate is limited (Linux, root)
+  loader  input pipelines on the same JPEGs: images per CPU-second; a training's wait for data; the index at scale
 
 gmscale bench WHAT --help explains the options."""
 
@@ -56,4 +57,10 @@ def _comm(argv: list[str]) -> int:
     return comm(argv)
 
 
-_BENCHES: dict[str, Callable[[list[str]], int]] = {"step": _step, "mask": _mask, "comm": _comm}
+def _loader(argv: list[str]) -> int:
+    from gmscale.bench.loader import main as loader
+
+    return loader(argv)
+
+
+_BENCHES: dict[str, Callable[[list[str]], int]] = {"step": _step, "mask": _mask, "comm": _comm, "loader": _loader}

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gmscale.data.config import DataConfig
+from gmscale.data.tars.writer import write_shard
 from gmscale.errors import UsageError
 from gmscale.files import sync, write_atomically
 
@@ -90,7 +92,7 @@ def build(directory: Path, size: int, image_size: int = 64, seed: int = 0) -> No
         for first in range(0, count, SAMPLES_PER_SHARD):
             name = f"gmscale-{split}-{len(lengths):04}.tar"
             lengths[name] = min(SAMPLES_PER_SHARD, count - first)
-            _write_shard(directory / name, [next(samples) for _ in range(lengths[name])])
+            write_shard(directory / name, islice(samples, lengths[name]))
         splits[split] = {
             "name": split,
             "num_samples": count,
@@ -197,16 +199,6 @@ def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
-
-
-def _write_shard(path: Path, samples: list[_Sample]) -> None:
-    from webdataset import TarWriter  # takes 2 s to import, and only a build needs it
-
-    buffer = io.BytesIO()
-    with TarWriter(buffer, encoder=False, mtime=0) as writer:
-        for sample in samples:
-            writer.write(sample)
-    write_atomically(path, buffer.getvalue())
 
 
 def _publish(built: Path, target: Path) -> None:

@@ -5,14 +5,8 @@ one augmentation seed a sample. A worker keeps no state between requests, so the
 number of workers and after a resume at any step.
 """
 
-import gc
-import io
 import os
-import random
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,93 +14,126 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from gmscale.data import embedded, order, shards
-from gmscale.data.config import DataConfig
-from gmscale.data.shards import ShardIndex
-from gmscale.data.transforms import Transform, eval_transform, train_transform
-from gmscale.errors import RunError
-
-
-class Batch(NamedTuple):
-    """One micro-batch: images uint8 [N, 3, H, W] in channels_last memory, labels int64 [N]."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
+from gmscale.data import embedded, order
+from gmscale.data.batch import Batch
+from gmscale.data.config import AugmentConfig, DataConfig
+from gmscale.data.faults import MOST_SUBSTITUTES, Fault, ImageError, SampleError, check_bad_share
+from gmscale.data.images.device import draw_late
+from gmscale.data.images.mixing import check_mixing
+from gmscale.data.images.transforms import Assembly, eval_assembly, train_assembly
+from gmscale.data.index import ShardIndex, key, open_index, read
+from gmscale.data.remote.directory import RemoteDirectory
+from gmscale.data.source import Split, open_split
+from gmscale.data.stream import StreamLoader, StreamValLoader
+from gmscale.data.survey import where
+from gmscale.data.workers import Failure, Requests, data_loader, random_states_kept, results, seed_all
+from gmscale.errors import RunError, UsageError
 
 
 class TrainLoader:
     """A rank's micro-batches of any step of any epoch. One epoch at a time: a new one ends the last."""
 
     def __init__(
-        self, index: ShardIndex, config: DataConfig, seed: int, rank: int, world_size: int, grad_accum_steps: int
+        self,
+        index: ShardIndex,
+        data: DataConfig,
+        augment: AugmentConfig,
+        seed: int,
+        rank: int,
+        world_size: int,
+        grad_accum_steps: int,
     ) -> None:
         self.index = index
         self.classes = index.classes
-        self.global_batch_size = config.batch_size_per_device * world_size * grad_accum_steps
+        self.faults = index.faults
+        self.samples = len(index)
+        self.fingerprint = index.fingerprint
+        self.global_batch_size = data.batch_size_per_device * world_size * grad_accum_steps
         self.steps_per_epoch = order.steps_per_epoch(len(index), self.global_batch_size)
-        self._division = (rank, world_size, config.batch_size_per_device, grad_accum_steps)
+        self._division = (rank, world_size, data.batch_size_per_device, grad_accum_steps)
         self._seed = seed
-        self._requests = _Requests()
-        samples = _Samples(index, train_transform(config), config.image_size)
-        self._batches = _data_loader(samples, self._requests, config.workers)
+        self._requests = Requests[_Request]()
+        samples = _Samples(index, train_assembly(data, augment), augment, data.image_size)
+        self._batches = data_loader(samples, self._requests, data.workers)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield each step's list of micro-batches, from `start_step` as an undisturbed epoch would."""
         samples = order.epoch_order(self.index.lengths, self._seed, epoch)
         seeds = order.augmentation_seeds(len(self.index), self._seed, epoch)
+        self._prefetch(samples[start_step * self.global_batch_size :])
         steps, division = range(start_step, self.steps_per_epoch), self._division
         self._requests.current = (
-            _Request(indices, seeds[indices])
+            _Request(indices, seeds[indices], epoch)
             for step in steps
             for indices in order.micro_batches(samples, step, *division)
         )
-        batches = _results(self._batches)
+        batches = results(self._batches)
         *_, grad_accum_steps = division
         for _ in steps:
             yield list(islice(batches, grad_accum_steps))
+
+    def _prefetch(self, samples: NDArray[np.int64]) -> None:
+        """Let one process of each node fetch remote shards ahead, in the order in which they will be read."""
+        directory = self.index.split.directory
+        if isinstance(directory, RemoteDirectory) and os.environ.get("LOCAL_RANK", "0") == "0":
+            found = np.searchsorted(np.cumsum(self.index.lengths), samples, side="right")
+            shards, first = np.unique(found, return_index=True)
+            directory.prefetch([self.index.split.names[shard] for shard in shards[np.argsort(first)]])
 
 
 class ValLoader:
     """A rank's share of the validation split: every sample once over all ranks, perhaps none on this one.
 
-    Iterating yields (images, labels, indices): a Batch and the int64 [N] numbers of its samples in `index`.
+    Iterating yields (images, labels, indices): a Batch and the int64 [N] numbers of its samples in the split.
     """
 
-    def __init__(self, index: ShardIndex, config: DataConfig, rank: int, world_size: int) -> None:
+    def __init__(self, index: ShardIndex, data: DataConfig, rank: int, world_size: int) -> None:
         self.index = index
         self.classes = index.classes
-        share, size = order.rank_share(len(index), rank, world_size), config.eval_batch_size_per_device
-        self._requests = _Requests()
-        self._share = [_Request(share[i : i + size], None) for i in range(0, len(share), size)]
+        share, size = order.rank_share(len(index), rank, world_size), data.eval_batch_size_per_device
+        self._requests = Requests[_Request]()
+        self._share = [_Request(share[i : i + size], None, 0) for i in range(0, len(share), size)]
         self._requests.current = self._share
-        samples = _Samples(index, eval_transform(config), config.image_size)
-        self._batches = _data_loader(samples, self._requests, min(config.workers, len(self._share)))
+        samples = _Samples(index, eval_assembly(data), AugmentConfig(), data.image_size)
+        self._batches = data_loader(samples, self._requests, min(data.workers, len(self._share)))
 
     def __len__(self) -> int:
         """Batches of this rank."""
         return len(self._share)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for request, batch in zip(self._share, _results(self._batches), strict=True):
+        for request, batch in zip(self._share, results(self._batches), strict=True):
+            assert isinstance(batch.images, torch.Tensor)  # validation is decoded exactly, by the workers
             yield batch.images, batch.labels, torch.from_numpy(request.indices)
 
 
-def train_loader(config: DataConfig, seed: int, rank: int, world_size: int, grad_accum_steps: int) -> TrainLoader:
+def train_loader(
+    data: DataConfig, augment: AugmentConfig, seed: int, rank: int, world_size: int, grad_accum_steps: int
+) -> TrainLoader | StreamLoader:
     """Open the training split, building the embedded set if it is asked for and missing."""
-    index = shards.open_index(_directory(config), config.train_split)
-    return TrainLoader(index, config, seed, rank, world_size, grad_accum_steps)
+    check_mixing(augment, data.batch_size_per_device)
+    split = _open(data, data.train_split)
+    if data.access == "stream":
+        return StreamLoader(split, data, augment, seed, rank, world_size, grad_accum_steps)
+    index = open_index(split, data.label, Path(data.cache_dir))
+    check_bad_share(index.faults, len(index), data.max_bad_share, "data.train_split")
+    return TrainLoader(index, data, augment, seed, rank, world_size, grad_accum_steps)
 
 
-def val_loader(config: DataConfig, rank: int, world_size: int) -> ValLoader:
+def val_loader(data: DataConfig, rank: int, world_size: int) -> ValLoader | StreamValLoader:
     """Open the validation split, building the embedded set if it is asked for and missing."""
-    return ValLoader(shards.open_index(_directory(config), config.val_split), config, rank, world_size)
+    split = _open(data, data.val_split)
+    if data.access == "stream":
+        return StreamValLoader(split, data, rank, world_size)
+    index = open_index(split, data.label, Path(data.cache_dir))
+    check_bad_share(index.faults, len(index), 0.0, "data.val_split")
+    return ValLoader(index, data, rank, world_size)
 
 
-def _directory(config: DataConfig) -> Path:
-    return embedded.ensure(config) if config.source == "embedded" else Path(config.source)
+def _open(data: DataConfig, split: str) -> Split:
+    return open_split(data, split, embedded.ensure(data) if data.source == "embedded" else None)
 
 
 class _Request(NamedTuple):
@@ -114,120 +141,59 @@ class _Request(NamedTuple):
 
     indices: NDArray[np.int64]
     seeds: NDArray[np.uint64] | None
+    epoch: int
 
 
-class _Requests:
-    """What a DataLoader asks its workers for in its next pass; replaced between passes, which workers outlive."""
-
-    current: Iterable[_Request] = ()
-
-    def __iter__(self) -> Iterator[_Request]:
-        return iter(self.current)
-
-
-class _Samples(Dataset[Batch | RunError]):
+class _Samples(Dataset[Batch | Failure]):
     """Answers a request with a Batch. Runs in a worker, or in the main process when there are none."""
 
-    def __init__(self, index: ShardIndex, transform: Transform, image_size: int) -> None:
-        self.index = index
-        self.transform = transform
-        self.image_size = image_size
+    def __init__(self, index: ShardIndex, assembly: Assembly, augment: AugmentConfig, image_size: int) -> None:
+        self.index, self.assembly, self.augment, self.image_size = index, assembly, augment, image_size
 
-    def __getitem__(self, request: _Request) -> Batch | RunError:
+    def __getitem__(self, request: _Request) -> Batch | Failure:
         # An error is handed over as a value: raised here, it would reach the user wrapped in a worker's traceback.
         try:
-            with _random_states_kept():
+            with random_states_kept():
                 return self._load(request)
-        except RunError as error:
+        except (RunError, UsageError) as error:
             return error
 
     def _load(self, request: _Request) -> Batch:
-        shape = (len(request.indices), 3, self.image_size, self.image_size)
-        images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-        for row, i in enumerate(request.indices):
-            if request.seeds is not None:
-                _seed_all(int(request.seeds[row]))
-            images[row] = self.transform(_decode(self.index, int(i)))
-        return Batch(images, torch.from_numpy(self.index.label[request.indices]))
+        used = request.indices.copy()
+        faults: list[Fault] = []
+        images = self.assembly.begin(len(used))
+        for row in range(len(used)):
+            if request.seeds is None:  # validation takes no substitutes
+                self._put(images, row, int(used[row]))
+            else:
+                used[row] = self._put_usable(images, row, int(used[row]), int(request.seeds[row]), faults)
+        labels = torch.from_numpy(self.index.label[used].astype(np.int64))
+        late = None
+        if request.seeds is not None:
+            late = draw_late(self.augment, self.image_size, request.seeds, request.epoch)
+        return Batch(self.assembly.end(images), labels, late, tuple(faults))
 
+    def _put_usable(self, images: Any, row: int, i: int, seed: int, faults: list[Fault]) -> int:
+        """Put sample `i`, or the first usable one after it in its shard, into its row; return which."""
+        first: Fault | None = None
+        for _ in range(MOST_SUBSTITUTES):
+            if self.index.label[i] >= 0:  # else it was found bad, and counted, when the shards were indexed
+                seed_all(seed)
+                try:
+                    self._put(images, row, i)
+                except SampleError as bad:
+                    first = first or bad.fault
+                else:
+                    if first:
+                        faults.append(first)  # those after it are counted in their own places
+                    return i
+            i = self.index.substitute(i)
+        raise RunError(f"{first}; and the {MOST_SUBSTITUTES - 1} samples after it cannot be used either")
 
-def _decode(index: ShardIndex, i: int) -> Image.Image:
-    data = shards.read(index, i)
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise anything, from OSError to struct.error
-        path, name = index.paths[index.shard[i]], shards.member_name(index, i)
-        raise RunError(f"{path}: {name} does not decode: {error}") from error
-
-
-def _seed_all(seed: int) -> None:
-    # timm's transforms draw from all three. torch.manual_seed would take 300 us to visit every device.
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Leave the random states as they were: without workers, they are the training process's own."""
-    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_cpu)
-
-
-def _data_loader(samples: _Samples, requests: _Requests, workers: int) -> DataLoader[Batch | RunError]:
-    workers = min(workers, _available_cores())
-    return DataLoader(
-        samples,
-        sampler=requests,  # one request is one batch
-        batch_size=None,
-        collate_fn=_as_is,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
-        # DataLoader draws a seed from it, by default from the training process's generator.
-        generator=torch.Generator(),
-    )
-
-
-def _results(loader: DataLoader[Batch | RunError]) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, RunError):
-            try:
-                raise batch
-            finally:
-                # Else the error, its traceback and this frame would hold each other, and with them the workers.
-                del batch
-        yield batch
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker(_worker_id: int) -> None:
-    # A scheduler signals every process of a job, but it is the main process that decides when to stop, and it needs
-    # its workers until then. Of SIGTERM the sender matters: the main process ends its workers with it.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_termination, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    # Were a worker to collect another loader that it inherited as garbage, it would shut that one's workers down.
-    gc.freeze()
-
-
-def _await_termination(main_process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
-        pass
-    os._exit(0)
+    def _put(self, images: Any, row: int, i: int) -> None:
+        try:
+            self.assembly.put(images, row, read(self.index, i))
+        except ImageError as error:
+            name = key(self.index, i)
+            shard = where(self.index.split, self.index.shard(i))
+            raise SampleError(Fault(shard, name, error.reason, f"{name} does not decode: {error}")) from None

@@ -5,13 +5,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from gmscale import parallel
-from gmscale.data import DataConfig, ValLoader, normalize
+from gmscale.data import DataConfig, StreamValLoader, ValLoader, normalize
 from gmscale.parallel import World
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: ValLoader, config: DataConfig, world: World, *, lockstep: bool = False
+    model: nn.Module,
+    loader: ValLoader | StreamValLoader,
+    config: DataConfig,
+    world: World,
+    *,
+    lockstep: bool = False,
 ) -> dict[str, float]:
     """Return loss (mean cross-entropy), top1 and top5 in percent, and count, the same on every rank.
 

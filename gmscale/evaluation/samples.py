@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gmscale.data import DataConfig, ValLoader, normalize
+from gmscale.data import DataConfig, StreamValLoader, ValLoader, normalize
 
 
 @torch.no_grad()
 def write_samples(
-    model: nn.Module, loader: ValLoader, config: DataConfig, directory: Path, count: int = 24
+    model: nn.Module, loader: ValLoader | StreamValLoader, config: DataConfig, directory: Path, count: int = 24
 ) -> None:
     """Write `count` validation pictures of this rank, spread evenly, and samples.json into `directory`.
 

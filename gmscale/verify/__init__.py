@@ -94,13 +94,23 @@ def _batches(config: TrainConfig, steps: int, images: int) -> tuple[Batches, str
         side = section.image_size
         pixels = draws.standard_normal((steps, images, 3, side, side), dtype=np.float32)
         return Batches(pixels, draws.integers(_MADE_UP_CLASSES, size=(steps, images)), _MADE_UP_CLASSES), "made-up"
-    loader = data.train_loader(replace(section, batch_size_per_device=images, workers=0), config.run.seed, 0, 1, 1)
+    loader = _loader(config, images)
     found = list(islice(_endless(loader), steps))
-    pixels = np.stack([data.normalize(batch.images, section.mean, section.std).numpy() for batch in found])
+    pixels = np.stack([_normalized(batch, section) for batch in found])
     return Batches(pixels, np.stack([batch.labels.numpy() for batch in found]), len(loader.classes)), "training"
 
 
-def _endless(loader: data.TrainLoader) -> Iterator[data.Batch]:
+def _loader(config: TrainConfig, images: int) -> data.TrainLoader | data.StreamLoader:
+    settings = replace(config.data, batch_size_per_device=images, workers=0, decode="exact")
+    return data.train_loader(settings, config.augment, config.run.seed, 0, 1, 1)
+
+
+def _normalized(batch: data.Batch, section: data.DataConfig) -> np.ndarray:
+    assert isinstance(batch.images, torch.Tensor)  # decoded by the loader
+    return data.normalize(batch.images, section.mean, section.std).numpy()
+
+
+def _endless(loader: data.TrainLoader | data.StreamLoader) -> Iterator[data.Batch]:
     epoch = 0
     while True:
         yield from (batches[0] for batches in loader.epoch(epoch))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from gmscale import data, evaluation, models
 from gmscale.config import from_dict
-from gmscale.data import open_index, order
+from gmscale.data import DataConfig, open_index, open_split, order
 from gmscale.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -171,13 +171,14 @@ def test_a_stopped_process_exits_with_its_own_status(cache: Path, tmp_path: Path
 
 def corrupt(shards: Path, rank: int, step: int) -> str:
     """Overwrite an image that only `rank` of two meets, at `step`; return the name of its shard."""
-    index = open_index(shards, "train")
+    index = open_index(open_split(DataConfig(source=str(shards)), "train"))
     samples = order.epoch_order(index.lengths, 0, 0)
     i = order.micro_batches(samples, step, rank, 2, SECTIONS["data"]["batch_size_per_device"], 1)[0][0]
-    with open(index.paths[index.shard[i]], "r+b") as file:
+    name = index.split.names[index.shard(i)]
+    with open(shards / name, "r+b") as file:
         file.seek(int(index.offset[i]))
         file.write(bytes(int(index.size[i])))
-    return index.paths[index.shard[i]].name
+    return name
 
 
 @pytest.mark.slow

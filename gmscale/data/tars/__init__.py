@@ -1,0 +1,1 @@
+"""Tars: read strictly, written durably."""
