@@ -218,6 +218,8 @@ def _loaders(config: TrainConfig, world: World) -> tuple[Training, Validation]:
         return loader, data.val_loader(config.data, world.rank, world.size)
 
     with parallel.together(world):
+        if config.data.decode == "gpu":
+            data.check_device(world.device)
         if world.local_rank == 0:  # builds the embedded set where it is missing
             loaders = open_both()
     with parallel.together(world):

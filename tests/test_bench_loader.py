@@ -182,7 +182,6 @@ def test_shards_of_ones_own_are_measured_with_what_they_are_compared_with(
     assert "second one beside it: the noise" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_fed_training_reports_what_it_waited(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

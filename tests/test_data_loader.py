@@ -319,12 +319,12 @@ class SignalledTransform:
     def __init__(self, config: DataConfig) -> None:
         self.transform: Transform = eval_transform(config)
 
-    def __call__(self, encoded: bytes) -> np.ndarray:
+    def __call__(self, encoded: bytes, out: np.ndarray) -> None:
         assert get_worker_info() is not None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         assert torch.get_num_threads() == 1
-        return self.transform(encoded)
+        self.transform(encoded, out)
 
 
 def test_workers_outlive_the_schedulers_signals(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

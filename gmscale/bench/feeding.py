@@ -75,7 +75,7 @@ def _waits(world: World, setting: Setting, shards: Path, workers: int, decode: s
     }
 
 
-def _endless(loader: TrainLoader | StreamLoader | StreamLoader) -> Generator[list[Batch]]:
+def _endless(loader: TrainLoader | StreamLoader) -> Generator[list[Batch]]:
     epoch = 0
     while True:
         yield from loader.epoch(epoch)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from gmscale.data.config import AugmentConfig, DataConfig
     from gmscale.data.faults import Fault, FaultLog, ShardError
     from gmscale.data.images.device import normalize, to_device
+    from gmscale.data.images.gpu import check_device
     from gmscale.data.index import ShardIndex, open_index
     from gmscale.data.loader import TrainLoader, ValLoader, train_loader, val_loader
     from gmscale.data.source import Split, open_split
@@ -26,6 +27,7 @@ __all__ = [
     "StreamValLoader",
     "TrainLoader",
     "ValLoader",
+    "check_device",
     "normalize",
     "open_index",
     "open_split",
@@ -38,6 +40,7 @@ _HOMES = {
     "batch": ["Batch"],
     "config": ["AugmentConfig", "DataConfig"],
     "images.device": ["normalize", "to_device"],
+    "images.gpu": ["check_device"],
     "faults": ["ShardError", "Fault", "FaultLog"],
     "index": ["ShardIndex", "open_index"],
     "loader": ["TrainLoader", "ValLoader", "train_loader", "val_loader"],

@@ -170,7 +170,11 @@ def _descriptor(index: ShardIndex, shard: int) -> int:
         _descriptors.move_to_end(identity)
         return _descriptors[identity]
     try:
-        descriptor = os.open(_fetch(index, shard), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(_fetch(index, shard), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            # Another process may have evicted a remote shard's copy just after it was fetched.
+            descriptor = os.open(_fetch(index, shard), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise RunError(f"{where(index.split, shard)} cannot be read: {error.strerror or error}") from error
     length = os.fstat(descriptor).st_size

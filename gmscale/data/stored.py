@@ -7,6 +7,7 @@ file names the table and is written last. What does not fit together, or leads o
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,7 +94,9 @@ def load(fetch: Callable[[str], Path], stem: str) -> Stored | None:
     """Read an index back through a directory's `fetch`; None if there is none, or none that can be trusted."""
     try:
         with fetch(f"{stem}.json").open("rb") as file:
-            document: Any = json.loads(file.read(_LARGEST_JSON))
+            if os.fstat(file.fileno()).st_size > _LARGEST_JSON:
+                return None
+            document: Any = json.loads(file.read())
         body = document["index"]
         if document["format"] != _FORMAT or document["check"] != _check(body) or not _is_table(body["table"], stem):
             return None

@@ -1,6 +1,7 @@
 """Loader processes: started, seeded, signalled and ended in order."""
 
 import gc
+import multiprocessing
 import os
 import random
 import signal
@@ -41,6 +42,8 @@ def data_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
+        # Also where another way is the default: workers share the index, and know their rank as their parent.
+        multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
         pin_memory=torch.cuda.is_available(),
         # DataLoader draws a seed from it, by default from the training process's generator.
         generator=torch.Generator(),

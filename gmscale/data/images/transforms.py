@@ -14,8 +14,9 @@ from gmscale.data.images.decode import decode, decode_jpeg, jpeg_header
 from gmscale.data.images.gpu import EncodedAssembly, EncodedImages
 from gmscale.data.images.views import Augmentation, View, check_interpolation, show_exactly, show_fast
 
-Transform = Callable[[bytes], NDArray[np.uint8]]
-"""Encoded image -> uint8 [S, S, 3], or ImageError. Draws from the default generators of random, numpy and torch."""
+Transform = Callable[[bytes, NDArray[np.uint8]], None]
+"""Encoded image -> uint8 [S, S, 3], into which it writes. ImageError for what is none. Draws from the default
+generators of random, numpy and torch."""
 
 # A reduced JPEG keeps this multiple of the size asked for. With 1, images would differ from exact ones half as much
 # again: the cut would be coarser, and less of the filter left to resizing.
@@ -28,10 +29,10 @@ class ExactTransform:
     def __init__(self, data: DataConfig, augment: AugmentConfig) -> None:
         self.size, self.augmentation = data.image_size, Augmentation(data, augment)
 
-    def __call__(self, encoded: bytes) -> NDArray[np.uint8]:
+    def __call__(self, encoded: bytes, out: NDArray[np.uint8]) -> None:
         pixels = decode(encoded)
         view = self.augmentation.draw(*pixels.shape[:2])
-        return np.array(self.augmentation.change(show_exactly(pixels, view, self.size)))
+        out[:] = np.asarray(self.augmentation.change(show_exactly(pixels, view, self.size)))
 
 
 class FastTransform:
@@ -44,7 +45,7 @@ class FastTransform:
     def __init__(self, data: DataConfig, augment: AugmentConfig) -> None:
         self.size, self.augmentation = data.image_size, Augmentation(data, augment)
 
-    def __call__(self, encoded: bytes) -> NDArray[np.uint8]:
+    def __call__(self, encoded: bytes, out: NDArray[np.uint8]) -> None:
         header = jpeg_header(encoded)
         if header is None:
             pixels = decode(encoded)
@@ -53,10 +54,9 @@ class FastTransform:
             view = self.augmentation.draw(header.height, header.width)
             shrink, view = self.reduced(view)
             pixels = decode_jpeg(encoded, header, shrink)
-        pixels = show_fast(pixels, view, self.size)
+        show_fast(pixels, view, out)
         if self.augmentation.changes:
-            pixels = np.array(self.augmentation.change(Image.fromarray(pixels)))
-        return pixels
+            out[:] = np.asarray(self.augmentation.change(Image.fromarray(out)))
 
     def reduced(self, view: View) -> tuple[int, View]:
         """Return by how much to shrink the JPEG, and the view of it then."""
@@ -80,11 +80,11 @@ class EvalTransform:
             use_prefetcher=True,
         ).transforms[:-1]
 
-    def __call__(self, encoded: bytes) -> NDArray[np.uint8]:
+    def __call__(self, encoded: bytes, out: NDArray[np.uint8]) -> None:
         image = Image.fromarray(decode(encoded))
         for step in self._steps:
             image = step(image)
-        return np.array(image)
+        out[:] = np.asarray(image)
 
 
 class Assembly(Protocol):
@@ -110,7 +110,7 @@ class PixelAssembly:
         return np.empty((count, self.size, self.size, 3), dtype=np.uint8)
 
     def put(self, images: NDArray[np.uint8], row: int, encoded: bytes) -> None:
-        images[row] = self.transform(encoded)
+        self.transform(encoded, images[row])
 
     def end(self, images: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -136,21 +136,22 @@ def show_exactly(pixels: NDArray[np.uint8], view: View, size: int) -> Image.Imag
     return image
 
 
-def show_fast(pixels: NDArray[np.uint8], view: View, size: int) -> NDArray[np.uint8]:
-    """Return `view` of `pixels` [H, W, 3] as uint8 [size, size, 3], by Pillow's filters with shorter weights.
+def show_fast(pixels: NDArray[np.uint8], view: View, out: NDArray[np.uint8]) -> None:
+    """Write `view` of `pixels` [H, W, 3] to `out` [size, size, 3], by Pillow's filters with shorter weights.
 
     Few pixels differ, nearly all by one level. torch has vector code for this where the processor has AVX2;
     elsewhere it is slower than Pillow.
     """
     if not (view.height and view.width):  # of an image of a few pixels
-        return np.zeros((size, size, 3), dtype=np.uint8)
-    out = np.empty((1, size, size, 3), dtype=np.uint8)
+        out[:] = 0
+        return
     part = pixels[None, view.top : view.top + view.height, view.left : view.left + view.width]
     # What interpolate(antialias=True) calls, which cannot write whole pixels: channels would come apart.
     resize = getattr(torch.ops.aten, f"_upsample_{view.interpolation}2d_aa").out
-    resize(_channels_first(part), (size, size), False, None, None, out=_channels_first(out))
+    resize(_channels_first(part), out.shape[:2], False, None, None, out=_channels_first(out[None]))
     flipped = [axis for axis, flip in ((0, view.upside_down), (1, view.mirrored)) if flip]
-    return torch.from_numpy(out[0]).flip(flipped).numpy() if flipped else out[0]
+    if flipped:
+        out[:] = torch.from_numpy(out).flip(flipped).numpy()
 
 
 def _channels_first(images: NDArray[np.uint8]) -> torch.Tensor:
