@@ -156,6 +156,8 @@ def progress_line(record: Mapping[str, Any], epochs: float) -> str:
         parts.append(
             f"kept {100 * record['kept_entries']:.0f} % of entries, {100 * record['kept_energy']:.0f} % energy"
         )
+    if record.get("bad_samples"):
+        parts.append(f"{record['bad_samples']} bad samples replaced")
     return "  ".join(parts)
 
 

@@ -71,7 +71,7 @@ def test_a_bad_sample_is_replaced_by_its_neighbour_on_every_rank_alike(
     alone = opened(config)
     found = batches(alone)
     faults = [fault for batch in found for fault in batch.faults]
-    assert sorted({f"{fault.shard}: {fault.key}" for fault in faults}) == names
+    assert sorted({f"{fault.shard}: {fault.key}.jpg" for fault in faults}) == names
     assert {fault.reason for fault in faults} == {"corrupt image"}
 
     planned = order.epoch_order(alone.index.lengths, 0, 0)

@@ -17,7 +17,7 @@ from gmscale.data import index as indexing
 from gmscale.data import stored as storing
 from gmscale.data import survey as surveying
 from gmscale.data.faults import ShardError
-from gmscale.data.index import key, open_index, read
+from gmscale.data.index import member_name, open_index, read
 from gmscale.data.source import LocalDirectory, Split
 from gmscale.data.tars.scan import Scan, scan
 from gmscale.errors import RunError
@@ -53,7 +53,7 @@ def test_every_sample_is_found_with_its_label(directory: Path) -> None:
     assert index.classes == ["a", "b", "c"]
     assert index.faults == ()
     assert [read(index, i) for i in range(4)] == [f"image {i}".encode() * 200 for i in range(4)]
-    assert [key(index, i) for i in range(4)] == [f"{i:04}.jpg" for i in range(4)]
+    assert [member_name(index, i) for i in range(4)] == [f"{i:04}.jpg" for i in range(4)]
 
 
 def test_a_pattern_without_info(directory: Path) -> None:

@@ -14,7 +14,7 @@ from small_shards import SECOND, Members, opened, two_samples, write_info, write
 
 from gmscale.data import survey as surveying
 from gmscale.data.faults import ShardError
-from gmscale.data.index import key, read
+from gmscale.data.index import member_name, read
 from gmscale.errors import UsageError
 
 
@@ -49,7 +49,7 @@ def test_long_names_directories_and_other_members(directory: Path, tar_format: i
     assert index.faults == ()
     assert index.label.tolist() == [0, 1, 1, 2, 0]
     assert [read(index, i) for i in (2, 3, 4)] == [b"first", b"second", b"third"]
-    assert [key(index, i) for i in (2, 3, 4)] == ["a.b/0002.Jpg", f"{stem}.webp", "./0002.png"]
+    assert [member_name(index, i) for i in (2, 3, 4)] == ["a.b/0002.Jpg", f"{stem}.webp", "./0002.png"]
 
 
 def test_keys_are_those_of_webdataset(directory: Path) -> None:
@@ -60,7 +60,7 @@ def test_keys_are_those_of_webdataset(directory: Path) -> None:
     (directory / "_info.json").unlink()
     index = opened(directory, SECOND)
     theirs = [sample["__key__"] for sample in WebDataset(str(directory / SECOND), shardshuffle=False)]
-    assert [key(index, i).removesuffix(".jpg") for i in range(len(index))] == theirs
+    assert [member_name(index, i).removesuffix(".jpg") for i in range(len(index))] == theirs
 
 
 def test_an_image_beyond_2_gib_is_not_used(directory: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_bad_sample_has_a_row_and_a_fault(
         assert np.flatnonzero(index.label < 0).tolist() == [bad]
         assert len(index) == 4
         assert index.substitute(bad) == 5 - bad
-        assert name in key(index, bad)
+        assert name in member_name(index, bad)
         if reason in ("no image", "empty image", "interleaved sample"):
             assert read(index, bad) == b""
         assert read(index, 5 - bad).startswith(b"image")

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from gmscale import checkpoint, data, evaluation, models, parallel, rundir
 from gmscale import train as training
 from gmscale.config import TrainConfig, from_dict
 from gmscale.data import embedded
-from gmscale.errors import UsageError
+from gmscale.errors import RunError, UsageError
 from gmscale.sites import attach
 from gmscale.train import train_step
 from gmscale.training_state import Meter, TrainingState
@@ -120,6 +121,29 @@ def test_the_saved_weights_and_average_are_those_evaluated(finished_run: Path, c
     expected = [r for r in tiny.metrics(finished_run) if r["phase"] == phase][-1]
     found = evaluation.evaluate(model, val_loader(config), config.data, tiny.ALONE)
     assert found == {k: expected[k] for k in found}
+
+
+# ---- bad samples -------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_sample_within_the_limit_is_replaced_counted_and_written_down(cache: Path, tmp_path: Path) -> None:
+    shards = shutil.copytree(tiny.build(cache), tmp_path / "shards")
+    with tarfile.open(shards / "gmscale-train-0000.tar") as tar:
+        image = tar.getmember("0000007.jpg")
+    with open(shards / "gmscale-train-0000.tar", "r+b") as file:
+        file.seek(image.offset_data)
+        file.write(bytes(image.size))
+    run_dir = tmp_path / "run"
+    section = {"source": str(shards), "max_bad_share": 0.01}
+    tiny.train(tiny.config(cache, run_dir, run={"epochs": 2.0}, data=section))
+    counts = [(r["epoch"], r["bad_samples"]) for r in tiny.metrics(run_dir) if r["phase"] == "train"]
+    assert counts[-1] == (2.0, 1)  # counted afresh in each epoch
+    assert max(count for _, count in counts) == 1
+    (line,) = (run_dir / "bad_samples-rank0.jsonl").read_text().splitlines()
+    assert json.loads(line).items() >= {"key": "0000007", "reason": "corrupt image"}.items()
+
+    with pytest.raises(RunError, match=r"0000007\.jpg does not decode.*1 of 100 .*max_bad_share allows 0\.001"):
+        tiny.train(tiny.config(cache, tmp_path / "strict", data={"source": str(shards)}))
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------

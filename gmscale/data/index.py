@@ -152,7 +152,7 @@ def read(index: ShardIndex, i: int) -> bytes:
     return data
 
 
-def key(index: ShardIndex, i: int) -> str:
+def member_name(index: ShardIndex, i: int) -> str:
     """Return the name of sample `i`'s image, or else first member. It reads headers up to there: for messages."""
     shard, offset = index.shard(i), int(index.offset[i])
     for member in members(_fetch(index, shard)):

@@ -23,11 +23,12 @@ from gmscale.data.faults import MOST_SUBSTITUTES, Fault, ImageError, SampleError
 from gmscale.data.images.device import draw_late
 from gmscale.data.images.mixing import check_mixing
 from gmscale.data.images.transforms import Assembly, eval_assembly, train_assembly
-from gmscale.data.index import ShardIndex, key, open_index, read
+from gmscale.data.index import ShardIndex, member_name, open_index, read
 from gmscale.data.remote.directory import RemoteDirectory
 from gmscale.data.source import Split, open_split
 from gmscale.data.stream import StreamLoader, StreamValLoader
 from gmscale.data.survey import where
+from gmscale.data.tars.scan import key_and_kind
 from gmscale.data.workers import Failure, Requests, data_loader, random_states_kept, results, seed_all
 from gmscale.errors import RunError, UsageError
 
@@ -47,7 +48,7 @@ class TrainLoader:
     ) -> None:
         self.index = index
         self.classes = index.classes
-        self.faults = index.faults
+        self.faults = _faults(index)
         self.samples = len(index)
         self.fingerprint = index.fingerprint
         self.global_batch_size = data.batch_size_per_device * world_size * grad_accum_steps
@@ -118,7 +119,7 @@ def train_loader(
     if data.access == "stream":
         return StreamLoader(split, data, augment, seed, rank, world_size, grad_accum_steps)
     index = open_index(split, data.label, Path(data.cache_dir))
-    check_bad_share(index.faults, len(index), data.max_bad_share, "data.train_split")
+    check_bad_share(_faults(index), len(index), data.max_bad_share, "data.train_split")
     return TrainLoader(index, data, augment, seed, rank, world_size, grad_accum_steps)
 
 
@@ -128,12 +129,17 @@ def val_loader(data: DataConfig, rank: int, world_size: int) -> ValLoader | Stre
     if data.access == "stream":
         return StreamValLoader(split, data, rank, world_size)
     index = open_index(split, data.label, Path(data.cache_dir))
-    check_bad_share(index.faults, len(index), 0.0, "data.val_split")
+    check_bad_share(_faults(index), len(index), 0.0, "data.val_split")
     return ValLoader(index, data, rank, world_size)
 
 
 def _open(data: DataConfig, split: str) -> Split:
     return open_split(data, split, embedded.ensure(data) if data.source == "embedded" else None)
+
+
+def _faults(index: ShardIndex) -> tuple[Fault, ...]:
+    """Return the faults that were found with the index, with their shards' whole addresses."""
+    return tuple(fault._replace(shard=f"{index.split.directory}/{fault.shard}") for fault in index.faults)
 
 
 class _Request(NamedTuple):
@@ -194,6 +200,7 @@ class _Samples(Dataset[Batch | Failure]):
         try:
             self.assembly.put(images, row, read(self.index, i))
         except ImageError as error:
-            name = key(self.index, i)
+            name = member_name(self.index, i)
+            sample, _ = key_and_kind(name) or (name, "")
             shard = where(self.index.split, self.index.shard(i))
-            raise SampleError(Fault(shard, name, error.reason, f"{name} does not decode: {error}")) from None
+            raise SampleError(Fault(shard, sample, error.reason, f"{name} does not decode: {error}")) from None
