@@ -20,6 +20,7 @@ from gmscale.tracking import plain_console
 
 _EXTRAS = {
     "embedded": ("mlxtend", "scikit-image", "scikit-learn"),
+    "remote": ("fsspec", "aiohttp", "s3fs"),
     "deepspeed": ("deepspeed",),
     "interop": ("accelerate", "lightning"),
     "sweep": ("ray", "optuna"),

@@ -15,7 +15,7 @@ import torch
 from gmscale import __version__
 from gmscale.parallel import World, cores
 
-PACKAGES = ("torch", "torchvision", "timm", "webdataset", "safetensors", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "webdataset", "simplejpeg", "pillow", "safetensors", "numpy")
 
 
 def describe(world: World) -> dict[str, Any]:

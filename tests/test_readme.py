@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,6 +33,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory like the checkout, in which commands may write."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").symlink_to(ROOT / "configs")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("validation", 10)):
+        for number in range(count):
+            path = folder / "images" / split / f"class{number % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(path)
     return folder
 
 

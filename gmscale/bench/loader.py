@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
 
 from gmscale import environment
@@ -169,15 +168,13 @@ _PACKAGES = ("pillow", "simplejpeg", "opencv-python-headless", "litdata", "ffcv"
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Leave torch and OpenCV one thread."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
+    """Leave torch one thread."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    cv2.setNumThreads(0)
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
-        cv2.setNumThreads(before[1])
+        torch.set_num_threads(before)
 
 
 def warm_up(name: str, pipeline: Pipeline, epoch: Epoch, shape: Shape) -> None:

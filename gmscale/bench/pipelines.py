@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import simplejpeg
 import torch
@@ -51,7 +50,7 @@ class Pipeline:
 
     open: Callable[[Copies, Shape], Epoch]
     dtype: torch.dtype
-    package: str | None = None
+    packages: tuple[str, ...] = ()
     """What it needs that gmscale does not install."""
     against: str = "webdataset + PIL + timm, float"
     """The pipeline that its ratio is to."""
@@ -59,14 +58,13 @@ class Pipeline:
 
     def missing(self) -> str | None:
         """Return why it cannot be measured, or None."""
-        if self.package is None:
-            return None
         try:
-            importlib.import_module(self.package)
+            for package in self.packages:
+                importlib.import_module(package)
         except ModuleNotFoundError as error:
             return f"{error.name} is not installed"
         except ImportError as error:
-            return f"{self.package} does not import: {' '.join(str(error).split())[:200]}"
+            return f"{package} does not import: {' '.join(str(error).split())[:200]}"
         return None
 
 
@@ -113,10 +111,21 @@ def _image_folder(copies: Copies, shape: Shape) -> Epoch:
 
 
 def _litdata(copies: Copies, shape: Shape) -> Epoch:
+    import cv2
     import litdata
 
+    cv2.setNumThreads(0)
+
+    def crop(pixels: NDArray[np.uint8]) -> Any:
+        """Return a random square of an image [H, W, 3], mirrored or not."""
+        area = torch.empty(3, *pixels.shape[:2], device="meta")
+        y, x, height, width = RandomResizedCrop.get_params(area, list(_SCALE), list(_RATIO))
+        side = (shape.image_size, shape.image_size)
+        found = cv2.resize(pixels[y : y + height, x : x + width], side, interpolation=cv2.INTER_LINEAR)
+        return found[:, ::-1] if torch.rand(()) < _HFLIP else found
+
     def sample(entry: tuple[bytes, int]) -> tuple[NDArray[np.uint8], int]:
-        return _crop(simplejpeg.decode_jpeg(entry[0]), shape.image_size), entry[1]
+        return crop(simplejpeg.decode_jpeg(entry[0])), entry[1]
 
     def collate(entries: list[tuple[bytes, int]]) -> Batch:
         images, labels = zip(*map(sample, entries), strict=True)
@@ -125,14 +134,6 @@ def _litdata(copies: Copies, shape: Shape) -> Epoch:
     dataset = litdata.StreamingDataset(str(copies.litdata), shuffle=True)
     loader = litdata.StreamingDataLoader(dataset, batch_size=shape.batch_size, drop_last=True, collate_fn=collate)
     return lambda _: iter(loader)
-
-
-def _crop(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return a random square of an image [H, W, 3], mirrored or not."""
-    area = torch.empty(3, *pixels.shape[:2], device="meta")
-    y, x, height, width = RandomResizedCrop.get_params(area, list(_SCALE), list(_RATIO))
-    crop = cv2.resize(pixels[y : y + height, x : x + width], (side, side), interpolation=cv2.INTER_LINEAR)
-    return crop[:, ::-1] if torch.rand(()) < _HFLIP else crop  # type: ignore[return-value]
 
 
 def _ffcv(*, normalised: bool) -> Callable[[Copies, Shape], Epoch]:
@@ -200,12 +201,14 @@ PIPELINES: dict[str, Pipeline] = {
     "webdataset + PIL + timm, uint8": Pipeline(_webdataset(normalised=False), torch.uint8),
     "ImageFolder + PIL + timm, float": Pipeline(_image_folder, torch.float32),
     "litdata + simplejpeg + cv2, uint8": Pipeline(
-        _litdata, torch.uint8, "litdata", note="decoded whole, cv2's linear resize without antialiasing"
+        _litdata, torch.uint8, ("litdata", "cv2"), note="decoded whole, cv2's linear resize without antialiasing"
     ),
-    "ffcv JPEG, float": Pipeline(_ffcv(normalised=True), torch.float32, "ffcv", note=_FFCV_NOTE),
-    "ffcv JPEG, uint8": Pipeline(_ffcv(normalised=False), torch.uint8, "ffcv", note=_FFCV_NOTE),
+    "ffcv JPEG, float": Pipeline(_ffcv(normalised=True), torch.float32, ("ffcv",), note=_FFCV_NOTE),
+    "ffcv JPEG, uint8": Pipeline(_ffcv(normalised=False), torch.uint8, ("ffcv",), note=_FFCV_NOTE),
     "gmscale exact": Pipeline(_ours("exact"), torch.uint8, note="the baseline's pixels: Pillow's"),
-    "gmscale fast": Pipeline(_ours("fast"), torch.uint8, note="JPEGs decoded at reduced size, resized by OpenCV"),
+    "gmscale fast": Pipeline(
+        _ours("fast"), torch.uint8, note="large JPEGs decoded at reduced size"
+    ),
     "gmscale exact, normalised": Pipeline(
         _ours("exact", normalised=True), torch.float32, note="with the normalising that is usually the GPU's work"
     ),
