@@ -206,9 +206,7 @@ PIPELINES: dict[str, Pipeline] = {
     "ffcv JPEG, float": Pipeline(_ffcv(normalised=True), torch.float32, ("ffcv",), note=_FFCV_NOTE),
     "ffcv JPEG, uint8": Pipeline(_ffcv(normalised=False), torch.uint8, ("ffcv",), note=_FFCV_NOTE),
     "gmscale exact": Pipeline(_ours("exact"), torch.uint8, note="the baseline's pixels: Pillow's"),
-    "gmscale fast": Pipeline(
-        _ours("fast"), torch.uint8, note="large JPEGs decoded at reduced size"
-    ),
+    "gmscale fast": Pipeline(_ours("fast"), torch.uint8, note="large JPEGs decoded at reduced size"),
     "gmscale exact, normalised": Pipeline(
         _ours("exact", normalised=True), torch.float32, note="with the normalising that is usually the GPU's work"
     ),
