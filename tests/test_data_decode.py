@@ -253,3 +253,18 @@ def test_an_image_that_claims_to_be_huge_is_not_decoded(
         decode(make(*size))
     assert caught.value.reason == "oversized image"
     assert "pixels" in str(caught.value)
+
+
+def with_stray_bytes(data: bytes) -> bytes:
+    """Return a JPEG with bytes before its end marker that belong to nothing."""
+    assert data.endswith(b"\xff\xd9")
+    return data[:-2] + bytes(50) + data[-2:]
+
+
+def test_jpegs_that_only_pillow_accepts_are_taken_unless_strict() -> None:
+    data = with_stray_bytes(encoded(photograph(), "JPEG", quality=90))
+    with pytest.raises(ImageError, match=r"extraneous|cannot load"):
+        decode(data)
+    np.testing.assert_array_equal(decode(data, strict=False), by_pillow(data))
+    with pytest.raises(ImageError):  # Pillow does not accept this one either
+        decode(data[: len(data) // 2], strict=False)

@@ -389,3 +389,15 @@ def test_a_view_says_what_is_shown() -> None:
     assert isinstance(view, View)
     assert (view.mirrored, view.upside_down) == (True, False)
     assert view.interpolation in ("bilinear", "bicubic")
+
+
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+@pytest.mark.parametrize("size", [32, 224])
+def test_irregular_jpegs_are_shown_like_regular_ones_unless_strict(decode: Decode, size: int) -> None:
+    regular = jpegs()[0]
+    irregular = regular[:-2] + bytes(50) + regular[-2:]
+    config = DataConfig(image_size=size, decode=decode)
+    with pytest.raises(ImageError):
+        ours(irregular, config, IMAGENET, 0)
+    found = ours(irregular, dataclasses.replace(config, strict=False), IMAGENET, 0)
+    assert difference(found, ours(regular, config, IMAGENET, 0)) < 8  # decoded whole, where the other is reduced

@@ -64,6 +64,10 @@ class DataConfig:
     """How training images are decoded and resized: exact gives bit for bit Pillow's pixels; fast decodes large
     JPEGs at reduced size and resizes with torch; gpu does both on the device. Validation is always exact."""
 
+    strict: bool = True
+    """Count JPEGs with irregular data as bad, among them most damaged ones; false takes what Pillow makes of them.
+    A JPEG may have stray bytes and yet look right, which strict decoding cannot tell from damage."""
+
     crop_pct: float = 1.0
     """Side of the square cut from the centre of a validation image, as a share of its resized shorter side."""
 

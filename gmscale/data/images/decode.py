@@ -46,13 +46,20 @@ def jpeg_header(encoded: bytes) -> JpegHeader | None:
     return JpegHeader(height, width, colors)
 
 
-def decode(encoded: bytes) -> NDArray[np.uint8]:
+def decode(encoded: bytes, strict: bool = True) -> NDArray[np.uint8]:
     """Return the pixels [H, W, 3] of an image in any of the usual formats, contiguous.
 
-    Raises ImageError for one that is damaged, truncated, no image at all, or of more than MAX_PIXELS.
+    Raises ImageError for one that is damaged, truncated, no image at all, or of more than MAX_PIXELS; unless
+    `strict`, not for a JPEG that Pillow decodes all the same.
     """
     header = jpeg_header(encoded)
-    return _decode_by_pillow(encoded) if header is None else decode_jpeg(encoded, header)
+    if header is not None:
+        try:
+            return decode_jpeg(encoded, header)
+        except ImageError:
+            if strict:
+                raise
+    return decode_by_pillow(encoded)
 
 
 def decode_jpeg(encoded: bytes, header: JpegHeader, shrink: int = 1) -> NDArray[np.uint8]:
@@ -75,7 +82,8 @@ def decode_jpeg(encoded: bytes, header: JpegHeader, shrink: int = 1) -> NDArray[
     return pixels
 
 
-def _decode_by_pillow(encoded: bytes) -> NDArray[np.uint8]:
+def decode_by_pillow(encoded: bytes) -> NDArray[np.uint8]:
+    """Return what Pillow makes of an image: pixels [H, W, 3]. Raises ImageError."""
     # Pillow warns of large images, palettes and damaged metadata: once per process, without saying which image.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -53,7 +53,7 @@ class EncodedAssembly:
                     f"data.decode gpu cannot apply augment.{key}, which is {value!r}; "
                     f"expected {type(value)()!r}, or data.decode fast"
                 )
-        self.size, self.augmentation = data.image_size, Augmentation(data, augment)
+        self.size, self.augmentation, self.strict = data.image_size, Augmentation(data, augment), data.strict
 
     def begin(self, count: int) -> list[tuple[bytes, View | None] | None]:
         return [None] * count
@@ -63,7 +63,7 @@ class EncodedAssembly:
         if header is not None and _nvjpeg_takes(encoded, header):
             images[row] = (encoded, self.augmentation.draw(header.height, header.width))
             return
-        pixels = decode(encoded)
+        pixels = decode(encoded, self.strict)
         view = self.augmentation.draw(*pixels.shape[:2])
         images[row] = (show_exactly(pixels, view, self.size).tobytes(), None)
 

@@ -10,7 +10,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from gmscale.data.config import AugmentConfig, DataConfig
-from gmscale.data.images.decode import decode, decode_jpeg, jpeg_header
+from gmscale.data.faults import ImageError
+from gmscale.data.images.decode import decode, decode_by_pillow, decode_jpeg, jpeg_header
 from gmscale.data.images.gpu import EncodedAssembly, EncodedImages
 from gmscale.data.images.views import Augmentation, View, check_interpolation, show_exactly, show_fast
 
@@ -27,10 +28,10 @@ class ExactTransform:
     """Bitwise timm's training transform of Pillow's image."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig) -> None:
-        self.size, self.augmentation = data.image_size, Augmentation(data, augment)
+        self.size, self.augmentation, self.strict = data.image_size, Augmentation(data, augment), data.strict
 
     def __call__(self, encoded: bytes, out: NDArray[np.uint8]) -> None:
-        pixels = decode(encoded)
+        pixels = decode(encoded, self.strict)
         view = self.augmentation.draw(*pixels.shape[:2])
         out[:] = np.asarray(self.augmentation.change(show_exactly(pixels, view, self.size)))
 
@@ -43,7 +44,7 @@ class FastTransform:
     """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig) -> None:
-        self.size, self.augmentation = data.image_size, Augmentation(data, augment)
+        self.size, self.augmentation, self.strict = data.image_size, Augmentation(data, augment), data.strict
 
     def __call__(self, encoded: bytes, out: NDArray[np.uint8]) -> None:
         header = jpeg_header(encoded)
@@ -52,8 +53,14 @@ class FastTransform:
             view = self.augmentation.draw(*pixels.shape[:2])
         else:
             view = self.augmentation.draw(header.height, header.width)
-            shrink, view = self.reduced(view)
-            pixels = decode_jpeg(encoded, header, shrink)
+            shrink, small = self.reduced(view)
+            try:
+                pixels = decode_jpeg(encoded, header, shrink)
+                view = small
+            except ImageError:
+                if self.strict:
+                    raise
+                pixels = decode_by_pillow(encoded)
         show_fast(pixels, view, out)
         if self.augmentation.changes:
             out[:] = np.asarray(self.augmentation.change(Image.fromarray(out)))
@@ -71,6 +78,7 @@ class EvalTransform:
     """timm's evaluation transform of Pillow's image."""
 
     def __init__(self, data: DataConfig) -> None:
+        self._strict = data.strict
         # With crop_pct 1 it leaves an image alone that already has the right size.
         self._steps = create_transform(
             data.image_size,
@@ -81,7 +89,7 @@ class EvalTransform:
         ).transforms[:-1]
 
     def __call__(self, encoded: bytes, out: NDArray[np.uint8]) -> None:
-        image = Image.fromarray(decode(encoded))
+        image = Image.fromarray(decode(encoded, self._strict))
         for step in self._steps:
             image = step(image)
         out[:] = np.asarray(image)
