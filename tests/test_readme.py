@@ -47,7 +47,7 @@ def as_installed(command: str) -> list[str]:
     program, *arguments = shlex.split(command)
     programs = {"gmscale": [sys.executable, "-m", "gmscale"], "torchrun": TORCHRUN}
     # A data set as small as it goes: the test is that the command works.
-    shrink = ["--data.size", "256"] if "train" in arguments else []
+    shrink = ["--data.size", "256"] if "--config" in arguments and "train" in arguments else []
     return [*programs[program], *arguments, *shrink]
 
 
