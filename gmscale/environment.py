@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gmscale import __version__
+from gmscale.data.config import without_secrets
 from gmscale.parallel import World, cores
 
 PACKAGES = ("torch", "torchvision", "timm", "webdataset", "simplejpeg", "pillow", "safetensors", "numpy")
@@ -58,7 +59,7 @@ def commit() -> str | None:
 
 def command(world: World) -> str:
     """Return the command line that starts this process's job on one node."""
-    arguments = shlex.join(sys.argv[1:])
+    arguments = without_secrets(shlex.join(sys.argv[1:]))
     if world.backend == "single":
         return f"gmscale {arguments}"
     local = os.environ.get("LOCAL_WORLD_SIZE", str(world.size))

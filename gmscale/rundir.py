@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from gmscale import checkpoint, environment
 from gmscale.config import TrainConfig, changed_on_resume
+from gmscale.data.config import without_secrets
 from gmscale.errors import UsageError
 from gmscale.files import write_atomically
 from gmscale.parallel import World
@@ -40,7 +41,7 @@ def begin(run_dir: Path, config: TrainConfig, world: World, attachments: Mapping
     """Write config.yaml, environment.json and touched.json."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.yaml", config.to_yaml())
+        write_atomically(run_dir / "config.yaml", _to_keep(config).to_yaml())
         write_atomically(run_dir / "environment.json", json.dumps(environment.describe(world), indent=1))
         write_touched(run_dir, attachments)
     except OSError as error:
@@ -57,7 +58,7 @@ def write_touched(run_dir: Path, attachments: Mapping[str, Attachment]) -> None:
 def identity(config: TrainConfig, world: World, data: str, attachments: Mapping[str, Attachment]) -> dict[str, Any]:
     """Return what a checkpoint records of its run, `data` being the loader's fingerprint, for `check_identity`."""
     return {
-        "config": asdict(config),
+        "config": asdict(_to_keep(config)),
         "world_size": world.size,
         "data": data,
         "touched": {name: [t.name for t in a.touched] for name, a in attachments.items()},
@@ -78,6 +79,11 @@ def check_identity(path: Path, now: dict[str, Any], config: TrainConfig) -> None
                          f"another run.dir")  # fmt: skip
     if saved["touched"] != now["touched"]:
         raise UsageError(f"{path}: its mask touched other parameters than this one; choose another run.dir")
+
+
+def _to_keep(config: TrainConfig) -> TrainConfig:
+    """Return the configuration as it is written down: other people read run directories."""
+    return replace(config, data=replace(config.data, source=without_secrets(config.data.source)))
 
 
 def _refuse_changes(saved: dict[str, Any], config: TrainConfig, where: Path) -> None:

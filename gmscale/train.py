@@ -215,7 +215,14 @@ def _loaders(config: TrainConfig, world: World) -> tuple[Training, Validation]:
     def open_both() -> tuple[Training, Validation]:
         seed, accumulate = config.run.seed, config.optim.grad_accum_steps
         loader = data.train_loader(config.data, config.augment, seed, world.rank, world.size, accumulate)
-        return loader, data.val_loader(config.data, world.rank, world.size)
+        validation = data.val_loader(config.data, world.rank, world.size)
+        if len(validation.classes) > len(loader.classes):
+            raise UsageError(
+                f"data.val_split {config.data.val_split!r} has labels up to {len(validation.classes) - 1}, and "
+                f"data.train_split {config.data.train_split!r} up to {len(loader.classes) - 1}; the model would "
+                "have no output for some"
+            )
+        return loader, validation
 
     with parallel.together(world):
         if config.data.decode == "gpu":

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from gmscale import cli
+from gmscale.data.config import without_secrets
 from gmscale.errors import RunError
 
 Call = Callable[..., tuple[int, str, str]]
@@ -236,3 +237,10 @@ def test_a_warning_is_one_line(gmscale: Call, cache: Path, tmp_path: Path) -> No
     assert err.startswith("gmscale: warning: mask.sigma has no effect with operator 'pool'")
     assert err.count("\n") == 1, err
     assert "gmscale.cli" in sys.modules
+
+
+def test_secrets_of_an_address_are_not_written_down() -> None:
+    said = "gmscale train --data.source 'https://me:pass@host/shards?token=abc' --run.dir runs/x"
+    assert without_secrets(said) == "gmscale train --data.source 'https://host/shards' --run.dir runs/x"
+    assert without_secrets("s3://bucket/shards") == "s3://bucket/shards"
+    assert without_secrets("runs/what?") == "runs/what?"

@@ -127,6 +127,8 @@ def test_the_log_of_faults_counts_an_epoch_and_writes_each_once(tmp_path: Path) 
     assert log.found == 1
     with pytest.raises(RunError, match="4 of 30"):
         log.check(3)  # over all ranks
-    # A resumed run goes on in the same file.
+    # A resumed run goes on in the same file, whose last line may be torn.
+    with path.open("a") as file:
+        file.write('{"shard": "s", "ke')
     FaultLog(path, [known], samples=30, share=0.1).write([known, *faults])
     assert keys() == ["0.jpg", "1.jpg", "2.jpg", "a.jpg"]

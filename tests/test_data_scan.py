@@ -171,7 +171,7 @@ def test_several_bad_shards_are_counted(directory: Path) -> None:
         opened(directory)
 
 
-@pytest.mark.parametrize(("size", "reason"), [(10**6, "truncated shard"), (5, "wrong hash")])
+@pytest.mark.parametrize(("size", "reason"), [(10**6, "truncated shard"), (5, "wrong size")])
 def test_bytes_are_compared_with_info(directory: Path, size: int, reason: str) -> None:
     true = (directory / SECOND).stat().st_size
     write_info(directory, bytes=[true, true])

@@ -680,7 +680,7 @@ def test_a_batch_without_a_picture_ends_the_run(tmp_path: Path) -> None:
     split = write(tmp_path, [tar([m for i in range(4) for m in sample(i, png=b"\x89PNG no")])], [4])
     (loader,) = loaders(split, settings_for(tmp_path))
     with pytest.raises(
-        RunError, match=r"no image could be put in the place of one that does not decode: train-0000"
+        RunError, match=r"no image could be put in the place of one that does not decode: .*train-0000"
     ):
         list(loader.epoch(0))
 

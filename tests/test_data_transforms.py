@@ -401,3 +401,8 @@ def test_irregular_jpegs_are_shown_like_regular_ones_unless_strict(decode: Decod
         ours(irregular, config, IMAGENET, 0)
     found = ours(irregular, dataclasses.replace(config, strict=False), IMAGENET, 0)
     assert difference(found, ours(regular, config, IMAGENET, 0)) < 8  # decoded whole, where the other is reduced
+
+
+def test_a_policy_that_timm_reads_and_cannot_carry_out_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"augment\.auto_augment 'augmix-m5-w4-d0-a0': alpha"):
+        train_transform(DataConfig(image_size=32), AugmentConfig(auto_augment="augmix-m5-w4-d0-a0"))

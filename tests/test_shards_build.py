@@ -526,3 +526,61 @@ def test_workers_import_no_torch() -> None:
         "assert not {'torch', 'timm', 'webdataset'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def labelled(folder: Path, rows: list[tuple[str, str]]) -> Path:
+    """Make images of those names, and a table of their classes."""
+    folder.mkdir()
+    for name, _ in rows:
+        if "." in name:
+            Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / name, "PNG")
+    table = folder.parent / "labels.csv"
+    table.write_text("".join(f"{name},{label}\n" for name, label in rows))
+    return table
+
+
+def test_numbers_that_name_classes_stay_the_numbers_they_are(tmp_path: Path) -> None:
+    table = labelled(tmp_path / "flat", [(f"{i:02}.png", str(i)) for i in range(12)])
+    main(["build", str(tmp_path / "flat"), str(tmp_path / "out"), "--labels", str(table), "--workers", "0"])
+    info = json.loads((tmp_path / "out" / "_info.json").read_text())
+    assert info["classes"] == [str(i) for i in range(12)]
+
+    for i in range(12):
+        (tmp_path / "folders" / str(i)).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "folders" / str(i) / "a.png")
+    main(["build", str(tmp_path / "folders"), str(tmp_path / "out2"), "--workers", "0"])
+    assert json.loads((tmp_path / "out2" / "_info.json").read_text())["classes"] == info["classes"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("a.png", "1"), ("b.png", "2")], "its classes are the numbers 1 to 2, without 0; expected 0, 1, 2"),
+        ([("a.png", "0"), ("b.png", "2")], "without 1"),
+        (
+            [("a.png", "x"), ("a.jpg", "x"), ("a", "x")],
+            r"line 3: a may be a\.jpg or a\.png; expected",
+        ),
+    ],
+)
+def test_a_table_that_could_mean_two_things_is_refused(
+    tmp_path: Path, rows: list[tuple[str, str]], said: str
+) -> None:
+    table = labelled(tmp_path / "flat", rows)
+    with pytest.raises(UsageError, match=said):
+        main(["build", str(tmp_path / "flat"), str(tmp_path / "out"), "--labels", str(table)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_first_row_is_no_heading_because_its_file_is_missing(tmp_path: Path) -> None:
+    table = labelled(tmp_path / "flat", [("a.png", "x"), ("b.png", "y")])
+    table.write_text("c,x\n" + table.read_text())
+    with pytest.raises(RunError, match="c"):
+        main(["build", str(tmp_path / "flat"), str(tmp_path / "out"), "--labels", str(table), "--workers", "0"])
+    table.write_text("Image,Class\n" + table.read_text().removeprefix("c,x\n"))
+    assert main(["build", str(tmp_path / "flat"), str(tmp_path / "out2"), "--labels", str(table)]) == 0
+
+
+def test_directories_may_be_called_like_shards(tmp_path: Path, source: Path) -> None:
+    main(["build", str(source), str(tmp_path / "my.tars"), "--name", "a", "--workers", "0"])
+    assert main(["verify", str(tmp_path / "my.tars"), "--workers", "0"]) == 0

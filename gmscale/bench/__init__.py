@@ -1,7 +1,9 @@
 """gmscale bench: what the mask costs and saves, measured beside what it is compared with, in one run."""
 
+import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -26,6 +28,7 @@ def main(argv: list[str]) -> int:
     if argv[0] not in _BENCHES:
         expected = ", ".join(_BENCHES)
         raise UsageError(f"gmscale bench: {argv[0]!r}; expected one of {expected}{nearest(argv[0], _BENCHES)}")
+    _check_json(argv[1:])
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         return _BENCHES[argv[0]](argv[1:])
@@ -33,6 +36,14 @@ def main(argv: list[str]) -> int:
         return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_json(argv: list[str]) -> None:
+    """Raise UsageError if the results could not be written, before minutes are spent on them."""
+    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+        path = Path(option.removeprefix("--json=") if option.startswith("--json=") else value)
+        if (option == "--json" or option.startswith("--json=")) and not os.access(path.parent, os.W_OK):
+            raise UsageError(f"--json {path}: no directory {path.parent} to write in")
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

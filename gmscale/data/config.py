@@ -1,11 +1,21 @@
 """The settings of the data: where the images are and how they are batched, and how training images are varied."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from gmscale.errors import UsageError, check_range
 
+# What an address may hold besides the place: who asks, and the tokens of a query.
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@")
+_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
+
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "random"]
+
+
+def without_secrets(text: str) -> str:
+    """Return text without the credentials and queries of any address in it."""
+    return _QUERY.sub(r"\1", _CREDENTIALS.sub("", text))
 
 
 @dataclass(frozen=True)
@@ -171,4 +181,4 @@ class AugmentConfig:
             check_range(getattr(self, field), f"augment.{field}", 0, 1)
         for field in ("color_jitter", "mixup", "cutmix", "mix_off_epoch"):
             check_range(getattr(self, field), f"augment.{field}", 0)
-        check_range(self.erase_count, "augment.erase_count", 1)
+        check_range(self.erase_count, "augment.erase_count", 1, 100)

@@ -20,6 +20,7 @@ Reason = Literal[
     "oversized header",
     "sparse member",
     "wrong sample count",
+    "wrong size",
     "wrong hash",
     # of one sample
     "no label",
@@ -101,7 +102,9 @@ class FaultLog:
         self._epoch: int | None = None
         self._written: set[tuple[str, str | None]] = set()
         if path.exists():
-            self._written = {(r["shard"], r["key"]) for r in map(json.loads, path.read_text().splitlines())}
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # the last may be torn
+            path.write_text("".join(f"{line}\n" for line in whole))
+            self._written = {(r["shard"], r["key"]) for r in map(json.loads, whole)}
 
     def write(self, faults: Iterable[Fault]) -> None:
         """Append what is not in the file yet."""

@@ -25,7 +25,7 @@ from gmscale.data.stored import Stored, load, open_table, save
 from gmscale.data.survey import changed, check_lengths, stamps, survey, where
 from gmscale.data.tars.scan import ROW
 from gmscale.data.tars.tar import members, pread
-from gmscale.errors import RunError
+from gmscale.errors import RunError, UsageError
 
 # Descriptors kept open by each process; ImageNet's 1024 shards would exhaust the usual limit.
 _MAX_OPEN = 64
@@ -172,9 +172,13 @@ def _descriptor(index: ShardIndex, shard: int) -> int:
     try:
         try:
             descriptor = os.open(_fetch(index, shard), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if isinstance(error, UsageError):
+                raise
             # Another process may have evicted a remote shard's copy just after it was fetched.
             descriptor = os.open(_fetch(index, shard), os.O_RDONLY | os.O_CLOEXEC)
+    except UsageError:
+        raise  # its server does not have it
     except OSError as error:
         raise RunError(f"{where(index.split, shard)} cannot be read: {error.strerror or error}") from error
     length = os.fstat(descriptor).st_size

@@ -29,7 +29,7 @@ from gmscale.data.images.device import draw_late
 from gmscale.data.images.transforms import eval_assembly, train_assembly
 from gmscale.data.sequence import Sample, pieces, read, replaced, shuffled
 from gmscale.data.source import Split
-from gmscale.data.tars.forward import PIPE
+from gmscale.data.tars.forward import PIPE, shown
 from gmscale.data.workers import Requests, available_cores, data_loader, random_states_kept, results, seed_all
 from gmscale.errors import RunError, UsageError
 
@@ -186,6 +186,10 @@ class _Samples(Dataset[Any]):
             self._open.clear()
             return error
 
+    def _located(self, fault: Fault) -> Fault:
+        """Return a fault with its shard's whole address."""
+        return fault._replace(shard=shown(self._split.directory, fault.shard))
+
     def _load(self, stream: _Stream, epoch: int) -> Any:
         """Return what the next samples of `stream` come to."""
         raise NotImplementedError
@@ -251,7 +255,7 @@ class _TrainSamples(_Samples):
     def _load(self, stream: _Stream, epoch: int) -> Batch:
         samples = stream.take()
         seeds = self._seeds[[sample.number for sample in samples]]
-        faults = [sample.fault for sample in samples if sample.fault]
+        faults = [self._located(sample.fault) for sample in samples if sample.fault]
         labels = np.empty(len(samples), dtype=np.int64)
         images = self._assembly.begin(len(samples))
         for row, seed in enumerate(seeds.tolist()):
@@ -269,7 +273,7 @@ class _TrainSamples(_Samples):
                 self._assembly.put(images, row, sample.image)
             except ImageError as error:
                 if first is None:
-                    first = _undecodable(sample, error)
+                    first = self._located(_undecodable(sample, error))
                     if not sample.fault:
                         faults.append(first)
                 continue
@@ -307,11 +311,11 @@ class _ValSamples(_Samples):
         images = self._assembly.begin(len(samples))
         for row, sample in enumerate(samples):
             if sample.fault:
-                raise SampleError(sample.fault)
+                raise SampleError(self._located(sample.fault))
             try:
                 self._assembly.put(images, row, sample.image)
             except ImageError as error:
-                raise SampleError(_undecodable(sample, error)) from None
+                raise SampleError(self._located(_undecodable(sample, error))) from None
         decoded = self._assembly.end(images)
         assert isinstance(decoded, torch.Tensor)  # validation is decoded exactly, by the workers
         labels, numbers = torch.tensor([(sample.label, sample.number) for sample in samples]).unbind(1)

@@ -44,7 +44,7 @@ def stamps(split: Split) -> list[Stamp]:
             return _unreadable(split, shard, error)
         size = sizes[shard]
         if size is not None and size != status.st_size:
-            reason: Reason = "truncated shard" if status.st_size < size else "wrong hash"
+            reason: Reason = "truncated shard" if status.st_size < size else "wrong size"
             return _bad(split, shard, reason, f"{status.st_size} bytes, _info.json says {size}")
         return Stamp(status.st_size, status.st_mtime_ns, None)
 

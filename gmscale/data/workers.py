@@ -55,7 +55,9 @@ def results(loader: Iterable[T | Failure]) -> Iterator[T]:
 
     Raised in a worker it would reach the user wrapped in that process's traceback.
     """
-    for result in loader:
+    with _termination_blocked():  # what starts now inherits it, in every thread
+        iterator = iter(loader)
+    for result in iterator:
         if isinstance(result, Failure):
             try:
                 raise result
@@ -89,6 +91,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def _termination_blocked() -> Iterator[None]:
+    """Block SIGTERM in this thread, and in the processes that it starts for good."""
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -99,7 +114,6 @@ def _start_worker(_worker_id: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_termination, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     # Were a worker to collect another loader that it inherited as garbage, it would shut that one's workers down.

@@ -138,7 +138,7 @@ def verify_shard(task: _Task) -> Iterator[int | _Report]:
         path = task.directory.fetch(task.name, size=task.size, sha256=task.sha256)
         size = path.stat().st_size
         if task.size is not None and size != task.size:
-            reason: Reason = "truncated shard" if size < task.size else "wrong hash"
+            reason: Reason = "truncated shard" if size < task.size else "wrong size"
             faults.append(_of_shard(task, reason, f"has {size} bytes, _info.json says {task.size}"))
         if task.full and task.sha256 and size == task.size and _sha256(path) != task.sha256:
             faults.append(_of_shard(task, "wrong hash", "differs from the SHA-256 in _info.json"))

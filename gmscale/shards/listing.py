@@ -19,6 +19,9 @@ from gmscale.errors import UsageError, nearest
 from gmscale.shards.items import Item
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp")
+_NUMBER = re.compile("[0-9]+")
+# What the first cell of a table's headings is called.
+_HEADINGS = {"file", "files", "filename", "file_name", "image", "imageid", "image_id", "name", "path", "id"}
 SPLITS = ("train", "training", "val", "valid", "validation", "test")
 
 # Most of the time goes to waiting where directories are on a network.
@@ -96,7 +99,7 @@ def by_directory(root: Path, pinned: Sequence[str] | None) -> Listing:
             ignored["outside of the class directories" if _is_image(entry.name) else _kind(entry.name)] += 1
     if not classes:
         raise UsageError(f"{root} has no class directories; images without them need --labels FILE")
-    classes.sort()
+    classes = in_order(classes)
     number = {name: i for i, name in enumerate(pinned or classes)}
     for name in classes:
         if name not in number:
@@ -122,12 +125,19 @@ def by_table(root: Path, table: Path, pinned: Sequence[str] | None) -> Listing:
     """
     files, ignored = _walk(root, "")
     size_of = dict(files)
-    stems = {os.path.splitext(name)[0]: name for name in size_of}
+    stems: dict[str, list[str]] = {}
+    for name in size_of:
+        stems.setdefault(os.path.splitext(name)[0], []).append(name)
     rows: dict[str, str] = {}
     for line, (file, label) in _rows(table):
-        name = file if file in size_of else stems.get(file, file)
-        if line == 1 and name not in size_of and not _is_image(name):
-            continue  # headings
+        if line == 1 and file.lower() in _HEADINGS and file not in stems:
+            continue
+        meant = [file] if file in size_of else sorted(stems.get(file, [file]))
+        if len(meant) > 1:
+            raise UsageError(
+                f"{table}, line {line}: {file} may be {' or '.join(meant[:3])}; expected the whole name"
+            )
+        name = meant[0]
         if name in rows:
             raise UsageError(f"{table}, line {line}: {file} has a line already")
         rows[name] = label
@@ -137,13 +147,32 @@ def by_table(root: Path, table: Path, pinned: Sequence[str] | None) -> Listing:
         example = f", such as {missing[0]}" if missing else ""
         raise UsageError(f"{table}: none of its {len(rows)} files{example}, is in {root} ({found})")
     ignored["without a line in --labels"] += len(size_of) - (len(rows) - len(missing))
-    number = {name: i for i, name in enumerate(pinned or sorted(set(rows.values())))}
+    classes = pinned or in_order(set(rows.values()))
+    if not pinned and all(_NUMBER.fullmatch(name) for name in classes):
+        _check_numbers(table, classes)
+    number = {name: i for i, name in enumerate(classes)}
     for label in sorted(set(rows.values()) - number.keys()):
-        if not (pinned and re.fullmatch("[0-9]+", label) and int(label) < len(pinned)):
+        if not (pinned and _NUMBER.fullmatch(label) and int(label) < len(pinned)):
             raise UsageError(f"{table}: {unknown_class(label, number)}")
     labels = [number[label] if label in number else int(label) for label in rows.values()]
     sizes = [size_of.get(name, -1) for name in rows]
     return _listing(root, list(rows), sizes, labels, list(number), +ignored)
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Return class names sorted: numbers by value, anything else by its letters."""
+    names = sorted(classes)
+    return sorted(names, key=int) if all(map(_NUMBER.fullmatch, names)) else names
+
+
+def _check_numbers(table: Path, classes: Sequence[str]) -> None:
+    """Raise UsageError unless the numbers that name the classes are those that they will get."""
+    for expected, name in enumerate(classes):
+        if int(name) != expected:
+            raise UsageError(
+                f"{table}: its classes are the numbers {classes[0]} to {classes[-1]}, without {expected}; expected "
+                "0, 1, 2 and so on, or the names of all classes in order with --classes FILE"
+            )
 
 
 def read_classes(path: Path) -> list[str]:

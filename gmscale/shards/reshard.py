@@ -46,9 +46,9 @@ class _Samples(NamedTuple):
 
 def is_shards(source: str) -> bool:
     """Whether `source` names shards, a directory or a pattern, rather than a folder of images."""
-    if ".tar" in source or source.startswith(_REMOTE):
-        return True
     path = Path(source)
+    if not path.is_dir() and (".tar" in source or source.startswith(_REMOTE)):
+        return True
     return any((path / name).is_file() for name in ("_info.json", "info.json")) or any(path.glob("*.tar"))
 
 
@@ -57,7 +57,7 @@ def open_given(source: str, split: str | None, cache_dir: str = DataConfig.cache
 
     A pattern stands in place of the directory: 'DIR/train-{0000..0003}.tar'.
     """
-    if ".tar" in source:
+    if ".tar" in source and not Path(source).is_dir():
         # The last slash before any brace ends the directory.
         directory = re.match(r"(?:[^{]*/)?", source)[0]  # type: ignore[index]
         config = DataConfig(source=directory.rstrip("/") or ("/" if directory else "."), cache_dir=cache_dir)

@@ -152,12 +152,12 @@ def test_killed_and_stopped_at_several_steps_a_run_ends_as_an_undisturbed_one(
 
 
 def test_a_stopped_process_exits_with_its_own_status(cache: Path, tmp_path: Path, jobs: list[Job]) -> None:
-    sections = {**tiny.EVERYTHING, "run": {"epochs": 5, "log_every": 2}}
+    sections = {**tiny.EVERYTHING, "run": {"epochs": 5, "log_every": 2}, "data": {"workers": 1}}
     run_dir = tmp_path / "run"
     job = Job(tmp_path / "log", "train", *tiny.flags(cache, run_dir, **sections), processes=1)
     jobs.append(job)
     job.wait_for_step(run_dir, 4)
-    os.kill(job.process.pid, signal.SIGTERM)
+    os.killpg(job.process.pid, signal.SIGTERM)  # as a scheduler does: loader processes hear it too
     assert job.wait(30) == 75, job.output
     assert f"stopped on request after step {tiny.checkpoint_steps(run_dir)[-1]} of 30" in job.output
     assert tiny.train(tiny.config(cache, run_dir, **sections)).summary is not None  # goes on in another process

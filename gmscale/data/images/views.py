@@ -17,6 +17,7 @@ from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
 
 from gmscale.data.config import AugmentConfig, DataConfig
+from gmscale.data.workers import random_states_kept
 from gmscale.errors import UsageError
 
 
@@ -88,6 +89,11 @@ class Augmentation:
             for transform in transforms[1:-1]
             if not isinstance(transform, RandomHorizontalFlip | RandomVerticalFlip)
         ]
+        try:
+            with random_states_kept():
+                self.change(Image.new("RGB", (data.image_size, data.image_size)))
+        except Exception as error:  # timm reads some policies that it cannot carry out
+            raise UsageError(f"augment.auto_augment {augment.auto_augment!r}: {error}") from error
 
     def draw(self, height: int, width: int) -> View:
         """Draw a view of an image [height, width]."""

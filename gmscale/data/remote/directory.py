@@ -207,7 +207,7 @@ def _digest(file: BinaryIO, size: int) -> "hashlib._Hash":
 
 
 def _wrong_size(shown: str, size: int, expected: int) -> Fault:
-    reason: Reason = "truncated shard" if size < expected else "wrong hash"
+    reason: Reason = "truncated shard" if size < expected else "wrong size"
     return Fault(shown, None, reason, f"{size} bytes, _info.json says {expected}")
 
 
