@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from gmscale.errors import RunError, UsageError
 
@@ -29,14 +29,12 @@ class Requests(Generic[T]):
         return iter(self.current)
 
 
-def data_loader(
-    dataset: Dataset[T | Failure], requests: Iterable[Any] | None, workers: int
-) -> DataLoader[T | Failure]:
-    """Return a DataLoader whose workers answer each of `requests`, or iterate over `dataset` if there are none."""
+def data_loader(dataset: Dataset[T | Failure], requests: Iterable[Any], workers: int) -> DataLoader[T | Failure]:
+    """Return a DataLoader whose workers answer each of `requests`."""
     workers = min(workers, available_cores())
     return DataLoader(
         dataset,
-        sampler=None if isinstance(dataset, IterableDataset) else requests,  # one request is one batch
+        sampler=requests,  # one request is one batch
         batch_size=None,
         collate_fn=_as_is,
         num_workers=workers,
