@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,6 +29,7 @@ from gmscale import checkpoint, data, evaluation, models, parallel, rundir
 from gmscale import train as training
 from gmscale.config import TrainConfig, from_dict
 from gmscale.data import embedded
+from gmscale.data.tars.writer import write_shard
 from gmscale.errors import RunError, UsageError
 from gmscale.sites import attach
 from gmscale.train import train_step
@@ -144,6 +146,23 @@ def test_a_bad_sample_within_the_limit_is_replaced_counted_and_written_down(cach
 
     with pytest.raises(RunError, match=r"0000007\.jpg does not decode.*1 of 100 .*max_bad_share allows 0\.001"):
         tiny.train(tiny.config(cache, tmp_path / "strict", data={"source": str(shards)}))
+
+
+def test_validation_labels_that_the_model_has_no_output_for_are_refused_at_the_start(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    for name, labels in (
+        ("a-0.tar", [0, 1] * 8),
+        ("b-0.tar", [0, 3]),
+    ):  # without _info.json
+        write_shard(
+            tmp_path / name,
+            [{"__key__": f"{i}", "png": picture.getvalue(), "cls": str(y)} for i, y in enumerate(labels)],
+        )
+    section = {"source": str(tmp_path), "train_split": "a-{0..0}.tar", "val_split": "b-{0..0}.tar"}
+    with pytest.raises(UsageError, match=r"data\.val_split .* has labels up to 3, .*train_split .* up to 1"):
+        tiny.train(tiny.config(tmp_path / "cache", tmp_path / "run", data=section))
+    assert not (tmp_path / "run").exists()
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
