@@ -37,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(argv: list[str]) -> int:
     from gmscale import config as configuration
+    from gmscale import dry_run
     from gmscale.train import train
 
-    parsed, _ = configuration.parse(argv, "gmscale train")
+    parser = configuration.build_parser("gmscale train")
+    dry_run.add_options(parser)
+    parsed, rest = configuration.parse(argv, "gmscale train", parser)
+    options = dry_run.options_of(rest)
+    if options is not None:
+        return _in_world(parsed.parallel, lambda world: dry_run.show(parsed, options, world))
     return _in_world(parsed.parallel, lambda world: _status(train(parsed, world).summary is not None))
 
 
@@ -70,6 +76,12 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _find(argv: list[str]) -> int:
+    from gmscale.find import main as find
+
+    return find(argv, _in_world)
+
+
 def _verify(argv: list[str]) -> int:
     from gmscale.verify import main as verify
 
@@ -80,6 +92,12 @@ def _shards(argv: list[str]) -> int:
     from gmscale.shards.commands import main as shards
 
     return shards(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from gmscale.export import main as export
+
+    return export(argv)
 
 
 def _doctor(argv: list[str]) -> int:
@@ -93,8 +111,10 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "report": _report,
     "bench": _bench,
+    "find": _find,
     "verify": _verify,
     "shards": _shards,
+    "export": _export,
     "doctor": _doctor,
 }
 _HELP = """\
@@ -103,9 +123,11 @@ usage: gmscale COMMAND ...
   train     train one run                        gmscale train --config configs/quickstart.yaml
   compare   no mask, the mask and a random mask of equal density, at equal seeds
   report    write one HTML page about runs       gmscale report runs/quickstart
+  find      the batch size that fits and is fastest; a range test of the learning rate
   bench     cost of the mask, ratios side by side in one run
   verify    which differences between ways to run one training are rounding, which required
   shards    build webdataset shards from images, prove them, say what they hold
+  export    a run's weights for timm, ONNX or the Hugging Face hub, with a model card
   doctor    what works on this machine, and what to do about the rest
 
 gmscale COMMAND --help explains every field. On several processes: torchrun --nproc_per_node N -m gmscale ...
@@ -140,6 +162,11 @@ def _explain_failure(error: BaseException, world: Any) -> int:
     status = 2 if isinstance(error, UsageError) else 1
     if isinstance(error, parallel.PeerError):
         return status
+    if isinstance(error, parallel.OutOfMemoryError):
+        error = RunError(
+            f"{' '.join(str(error).split())[:200]} ...; lower data.batch_size_per_device (optim.grad_accum_steps "
+            "makes up for it), or set model.grad_checkpointing true or optim.amp bf16"
+        )
     if not isinstance(error, UsageError | RunError) and parallel.failed_elsewhere(world):
         return status  # a collective broke because the other rank is gone
     if not parallel.announce_failure(world):

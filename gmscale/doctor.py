@@ -23,6 +23,7 @@ _EXTRAS = {
     "remote": ("fsspec", "aiohttp", "s3fs"),
     "deepspeed": ("deepspeed",),
     "interop": ("accelerate", "lightning"),
+    "export": ("onnx", "onnxscript", "onnxruntime", "huggingface_hub"),
     "sweep": ("ray", "optuna"),
     "eval": ("captum", "torch-pruning", "adversarial-robustness-toolbox"),
 }

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gmscale.config import TrainConfig, changed_on_resume
 from gmscale.data.config import without_secrets
 from gmscale.errors import UsageError
 from gmscale.files import write_atomically
+from gmscale.models import Loaded
 from gmscale.parallel import World
 from gmscale.sites import Attachment
 
@@ -37,13 +38,21 @@ def finished(run_dir: Path, config: TrainConfig) -> dict[str, Any] | None:
     return json.loads(summary.read_text()) if summary.exists() else None
 
 
-def begin(run_dir: Path, config: TrainConfig, world: World, attachments: Mapping[str, Attachment]) -> None:
-    """Write config.yaml, environment.json and touched.json."""
+def begin(
+    run_dir: Path,
+    config: TrainConfig,
+    world: World,
+    attachments: Mapping[str, Attachment],
+    loaded: Loaded | None,
+) -> None:
+    """Write config.yaml, environment.json and touched.json, and started_from.json about starting weights."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", _to_keep(config).to_yaml())
         write_atomically(run_dir / "environment.json", json.dumps(environment.describe(world), indent=1))
         write_touched(run_dir, attachments)
+        if loaded is not None:
+            write_atomically(run_dir / "started_from.json", json.dumps(asdict(loaded), indent=1))
     except OSError as error:
         raise UsageError(f"run.dir {run_dir} cannot be written: {error.strerror}") from None
 
@@ -53,6 +62,12 @@ def write_touched(run_dir: Path, attachments: Mapping[str, Attachment]) -> None:
     if attachments:
         described = {name: attachment.describe() for name, attachment in attachments.items()}
         write_atomically(run_dir / "touched.json", json.dumps(described, indent=1))
+
+
+def write_data(run_dir: Path, classes: Sequence[str], training_samples: int) -> None:
+    """Write data.json: what an exported model and its card have to know of the data."""
+    facts = {"classes": list(classes), "training_samples": training_samples}
+    write_atomically(run_dir / "data.json", json.dumps(facts, indent=1))
 
 
 def identity(config: TrainConfig, world: World, data: str, attachments: Mapping[str, Attachment]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from gmscale import checkpoint, parallel
+from gmscale.checkpoint import Contents
+from gmscale.errors import RunError
+from gmscale.models import Frozen, Loaded, Schedule
 from gmscale.parallel import World, Wrapped
 from gmscale.sites import Attachment
 
@@ -26,6 +29,12 @@ class TrainingState:
     """The mask of the output gradients."""
     ema: ModelEmaV3 | None
     meter: "Meter"
+    schedule: Schedule | None = None
+    frozen: Frozen | None = None
+    """What does not train now."""
+    loaded: Loaded | None = None
+    """What the starting weights gave; None if the run resumed, or started from random ones."""
+    skips: "Skips" = field(default_factory=lambda: Skips())
     best_top1: float = 0.0
 
     @property
@@ -38,54 +47,119 @@ class TrainingState:
         """Context of the micro-batches before the last one of a step."""
         return (self.attachment or self.wrapped).no_sync()
 
-    def save(self, run_dir: Path, step: int, identity: dict[str, Any], keep: int, world: World) -> None:
-        """Write the checkpoint of `step` steps done; called by every rank."""
-        checkpoint.save(
-            run_dir,
-            step,
-            weights=self.wrapped.weights(),
-            ema=self.ema.module if self.ema else None,
+    def contents(self, identity: dict[str, Any], world: World, *, sharded: bool) -> Contents:
+        """Return what a checkpoint holds, `sharded` or with whole weights; a collective."""
+        return Contents(
+            weights=None if sharded else self.wrapped.weights(),
+            shards=self.wrapped.weight_shards() if sharded else None,
+            ema=self.ema.module.state_dict() if self.ema else None,
             optimizer=self.wrapped.optimizer_state(),
-            shared={"identity": identity, "best_top1": self.best_top1},
+            shared={
+                "identity": identity,
+                "best_top1": self.best_top1,
+                "schedule": self.schedule.state_dict() if self.schedule else {},
+                "skips": self.skips.state_dict(),
+            },
             per_rank={
                 "masks": {name: attachment.state_dict() for name, attachment in self.attachments.items()},
                 "back_end": self.wrapped.rank_state(),
                 "random": checkpoint.random_states(world.device),
                 "meter": self.meter.sums,
             },
-            keep=keep,
-            world=world,
         )
 
-    def restore(self, path: Path, world: World) -> int:
-        """Load a checkpoint of the same run; return the number of steps done."""
-        state, own = checkpoint.read(path), checkpoint.load_rank(path, world)
-        checkpoint.load_weights(path, self.wrapped.load_weights)
+    def restore(self, path: Path, world: World) -> None:
+        """Load a checkpoint of the same run; a collective."""
+        with parallel.together(world):  # each rank reads what is its own before they load in step
+            state, own = checkpoint.read(path), checkpoint.load_rank(path, world)
+            optimizer = checkpoint.optimizer_state(path)
+            shards = checkpoint.load_shards(path, world) if state["sharded"] else None
+        if shards is not None:
+            with checkpoint.must_fit(path):
+                self.wrapped.load_weight_shards(shards)
+        else:
+            checkpoint.load_weights(path, self.wrapped.load_weights)
         if self.ema is not None:
             checkpoint.load_weights(path, self.ema.module.load_state_dict, "model_ema")
-        self.wrapped.load_optimizer_state(checkpoint.optimizer_state(path), own["back_end"])
+        self.wrapped.load_optimizer_state(optimizer, own["back_end"])
         self.best_top1 = state["shared"]["best_top1"]
+        self.skips.load_state_dict(state["shared"]["skips"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["shared"]["schedule"])
         for name, attachment in self.attachments.items():
             attachment.load_state_dict(own["masks"][name])
         self.meter.sums = own["meter"]
         checkpoint.set_random_states(own["random"], world.device)
-        return int(state["step"])
 
 
 class Meter:
     """Training loss and top1 since the last log line; sums on the device, so that nothing waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss x images, correct, images
+        # loss x images, correct, images, and the largest loss of a micro-batch
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a micro-batch: its mean loss (0-d), logits [N, classes] and labels [N]."""
         self.sums[0] += loss.double() * len(labels)
         self.sums[1] += (logits.argmax(1) == labels).sum()
         self.sums[2] += len(labels)
+        self.sums[3] = torch.maximum(self.sums[3], loss.double())  # NaN stays
 
     def values(self, world: World) -> dict[str, float]:
-        """Return mean loss and top1 (percent) over all ranks, and start afresh."""
-        loss, correct, images = parallel.sum_over_ranks(self.sums.cpu(), world).tolist()
+        """Return mean loss, top1 (percent) and the largest loss of a micro-batch over all ranks; start afresh."""
+        own = self.sums.cpu()
+        loss, correct, images = parallel.sum_over_ranks(own[:3], world).tolist()
+        largest = parallel.largest_over_ranks(own[3].item(), world)
         self.sums = torch.zeros_like(self.sums)
-        return {"loss": loss / images, "top1": 100 * correct / images}
+        return {"loss": loss / images, "top1": 100 * correct / images, "loss_max": largest}
+
+
+class Skips:
+    """Steps without a finite gradient: they change no weights, and too many in a row end the run."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.in_a_row = 0
+        self.last = ""
+        self.broken: list[str] = []
+
+    def add(self, names: list[str], buffers: list[str]) -> None:
+        """Count a skipped step, whose gradients of `names` (in the model's order) were not finite.
+
+        `buffers` are those that are not finite: with them training cannot recover.
+        """
+        self.broken = buffers
+        self.total += 1
+        self.in_a_row += 1
+        # backpropagation comes from the last layer, so the last name was the first to go wrong
+        first = f"first {names[-1]}" if names else "only the norm of all together"
+        self.last = f"{first}, {len(names)} in all" if len(names) > 1 else first
+
+    def end_row(self) -> None:
+        """Say that a step had finite gradients."""
+        self.in_a_row = 0
+
+    def check(self, most: int, step: int, run_dir: Path) -> None:
+        """Raise RunError after `most` skipped steps in a row, or one that left a buffer that is not finite."""
+        if self.in_a_row < most and not self.broken:
+            return
+        good = checkpoint.latest(run_dir)
+        found = f"the gradients of {self.in_a_row} steps in a row, up to step {step}, were not finite ({self.last})"
+        if self.broken:
+            found = (
+                f"step {step} left {self.broken[0]} not finite ({len(self.broken)} buffers in all): an image or an "
+                f"activation was not, and skipping the step does not mend its statistics"
+            )
+        raise RunError(
+            f"{found}; lower optim.lr or set optim.clip_grad; "
+            + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts."""
+        return {"total": self.total, "in_a_row": self.in_a_row, "last": self.last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self.total, self.in_a_row, self.last = state["total"], state["in_a_row"], state["last"]

@@ -2,18 +2,15 @@
 
 import json
 import math
-import multiprocessing
-import os
 import pickle
 import random
-import shutil
-import signal
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_checkpoints as small
 import timm
 import tiny
 import torch
@@ -23,40 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gmscale import checkpoint
-from gmscale.errors import RunError, UsageError
-
-FILES = ("state.json", "model.safetensors", "optimizer.safetensors", "rank-00000.safetensors")
-
-
-def save(run_dir: Path, step: int, keep: int = 2, value: float = 1.0) -> Path:
-    """Save a checkpoint of which every tensor holds `value`."""
-    model = nn.Linear(3, 2)
-    nn.init.constant_(model.weight, value)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer.state[model.weight] = {"momentum_buffer": torch.full((2, 3), value)}
-    return checkpoint.save(
-        run_dir,
-        step,
-        weights=model.state_dict(),
-        ema=None,
-        optimizer=optimizer.state_dict(),
-        shared={"value": value},
-        per_rank={"held": torch.full((4,), value)},
-        keep=keep,
-        world=tiny.ALONE,
-    )
-
-
-def load(path: Path) -> set[float]:
-    """Load everything of a checkpoint that `save` made; return the values found in it."""
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    checkpoint.load_weights(path, model.load_state_dict)
-    optimizer.load_state_dict(checkpoint.optimizer_state(path))
-    found = [model.weight.detach(), optimizer.state[model.weight]["momentum_buffer"]]
-    found.append(checkpoint.load_rank(path, tiny.ALONE)["held"])
-    return {float(v) for tensor in found for v in tensor.flatten()} | {checkpoint.read(path)["shared"]["value"]}
-
+from gmscale.checkpoint.tree import pack, unpack
+from gmscale.errors import UsageError
 
 # ---- trees -------------------------------------------------------------------------------------------------------
 
@@ -91,31 +56,23 @@ def same(a: Any, b: Any) -> bool:
 @given(trees)
 def test_a_tree_comes_back_as_it_was(tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
-    packed = json.loads(json.dumps(checkpoint.pack(tree, tensors)))
-    assert same(tree, checkpoint.unpack(packed, tensors))
+    packed = json.loads(json.dumps(pack(tree, tensors)))
+    assert same(tree, unpack(packed, tensors))
 
 
 def test_what_a_tree_cannot_hold_is_an_error() -> None:
     with pytest.raises(TypeError, match="cannot hold set"):
-        checkpoint.pack({"a": {1, 2}}, {})
+        pack({"a": {1, 2}}, {})
 
 
 @settings(max_examples=20, deadline=None)
 @given(tree=trees)
 def test_a_rank_gets_its_own_tree_from_the_file(tmp_path_factory: pytest.TempPathFactory, tree: Any) -> None:
     run_dir = tmp_path_factory.mktemp("run")
-    model = nn.Linear(1, 1)
-    path = checkpoint.save(
-        run_dir,
-        1,
-        weights=model.state_dict(),
-        ema=None,
-        optimizer={},
-        shared={},
-        per_rank={"x": tree},
-        keep=1,
-        world=tiny.ALONE,
-    )
+    own = small.saver(run_dir)
+    own.save(1, small.contents(per_rank={"x": tree}), None)
+    path = checkpoint.latest(run_dir)
+    assert path is not None
     assert same({"x": tree}, checkpoint.load_rank(path, tiny.ALONE))
 
 
@@ -123,11 +80,11 @@ def test_a_rank_gets_its_own_tree_from_the_file(tmp_path_factory: pytest.TempPat
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    path = save(tmp_path, 3, value=7.0)
+    path = small.save(tmp_path, 3, value=7.0)
     assert path == checkpoint.latest(tmp_path)
     assert checkpoint.read(path)["step"] == 3
-    assert load(path) == {7.0}
-    assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
+    assert small.load(path) == {7.0}
+    assert sorted(p.name for p in path.iterdir()) == sorted(small.FILES)
 
 
 def test_shared_memory_views_and_memory_formats_are_saved_as_values(tmp_path: Path) -> None:
@@ -137,16 +94,21 @@ def test_shared_memory_views_and_memory_formats_are_saved_as_values(tmp_path: Pa
     model[2].weight = model[1].weight
     state = {k: v.clone() for k, v in model.state_dict().items()}
     held = torch.arange(12.0)
-    path = checkpoint.save(
-        tmp_path, 1, weights=model.state_dict(), ema=None, optimizer={}, shared={},
-        per_rank={"all": held, "part": held[3:6]}, keep=1, world=tiny.ALONE,
-    )  # fmt: skip
+    own = small.saver(tmp_path)
+    own.save(
+        1,
+        small.contents(weights=model.state_dict(), per_rank={"all": held, "part": held[3:6], "end": held[12:]}),
+        None,
+    )
+    path = checkpoint.latest(tmp_path)
+    assert path is not None
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     checkpoint.load_weights(path, model.load_state_dict)
     assert tiny.different(state, model.state_dict()) == []
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert checkpoint.load_rank(path, tiny.ALONE)["part"].tolist() == [3, 4, 5]
+    assert checkpoint.load_rank(path, tiny.ALONE)["end"].shape == (0,)
 
 
 def test_random_states_continue_where_they_were() -> None:
@@ -155,99 +117,19 @@ def test_random_states_continue_where_they_were() -> None:
 
     draw()  # an odd number of normal draws: each generator holds the second of a pair
     packed: dict[str, Tensor] = {}
-    tree = json.loads(json.dumps(checkpoint.pack(checkpoint.random_states(torch.device("cpu")), packed)))
+    tree = json.loads(json.dumps(pack(checkpoint.random_states(torch.device("cpu")), packed)))
     expected = draw()
-    checkpoint.set_random_states(checkpoint.unpack(tree, packed), torch.device("cpu"))
+    checkpoint.set_random_states(unpack(tree, packed), torch.device("cpu"))
     assert draw() == expected
-
-
-@pytest.mark.parametrize("keep", [1, 3])
-def test_only_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
-    for step in (1, 5, 9, 10):
-        save(tmp_path, step, keep)
-    assert tiny.checkpoint_steps(tmp_path) == [1, 5, 9, 10][-keep:]
-    assert all(p.name.startswith("step-") for p in (tmp_path / "checkpoints").iterdir())
-
-
-# ---- interrupted -------------------------------------------------------------------------------------------------
-
-
-def test_an_unfinished_directory_is_ignored_and_swept_up(tmp_path: Path) -> None:
-    first = save(tmp_path, 1)
-    left_over = tmp_path / "checkpoints" / ".step-00000002.tmp"
-    shutil.copytree(first, left_over)
-    assert checkpoint.latest(tmp_path) == first
-    save(tmp_path, 2)
-    assert not left_over.exists()
-    assert tiny.checkpoint_steps(tmp_path) == [1, 2]
-
-
-@pytest.mark.parametrize("broken", ["rename", "fsync"])
-def test_a_save_that_fails_leaves_the_former_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    first = save(tmp_path, 1, value=1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(*((Path, "rename") if broken == "rename" else (os, "fsync")), fail)
-        with pytest.raises(RunError, match=r"cannot be written: .*No space left"):
-            save(tmp_path, 2, value=2.0)
-    assert checkpoint.latest(tmp_path) == first
-    assert load(first) == {1.0}
-    assert load(save(tmp_path, 2, value=2.0)) == {2.0}
-
-
-def _save_and_die(run_dir: Path, at_call: int) -> None:
-    """Save step 2 and SIGKILL this process just before its `at_call`-th sync, rename or removal."""
-    calls = 0
-
-    def deadly(function: Any) -> Any:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == at_call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **keywords)
-
-        return call
-
-    os.fsync, Path.rename, shutil.rmtree = deadly(os.fsync), deadly(Path.rename), deadly(shutil.rmtree)
-    save(run_dir, 2, keep=1, value=2.0)
-
-
-def test_killed_at_any_moment_the_newest_checkpoint_is_complete(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    seen = set()
-    for at_call in range(1, 20):
-        run_dir = tmp_path / str(at_call)
-        save(run_dir, 1, value=1.0)
-        process = context.Process(target=_save_and_die, args=(run_dir, at_call))
-        process.start()
-        process.join(30)
-        newest = checkpoint.latest(run_dir)
-        assert newest is not None
-        step = checkpoint.read(newest)["step"]
-        assert load(newest) == {float(step)}
-        seen.add(step)
-        assert load(save(run_dir, 3, value=3.0)) == {3.0}  # and the run goes on
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-    else:
-        pytest.fail("never came through")
-    assert seen == {1, 2}
-    assert at_call > 6
 
 
 # ---- damaged -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", small.FILES)
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "gone"])
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, damage: str) -> None:
-    path = save(tmp_path, 1)
+    path = small.save(tmp_path, 1)
     content = (path / name).read_bytes()
     broken = {"truncated": content[:-3], "empty": b"", "garbage": b"\x00garbage" * 20}.get(damage)
     if broken is None:
@@ -255,30 +137,31 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, dam
     else:
         (path / name).write_bytes(broken)
     with pytest.raises(UsageError, match=name if name != "state.json" else "step-00000001") as caught:
-        load(path)
+        small.load(path)
     assert "\n" not in str(caught.value)
 
 
 def test_every_truncation_is_noticed(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    for name in FILES:
+    path = small.save(tmp_path, 1)
+    for name in small.FILES:
         content = (path / name).read_bytes()
         for length in range(0, len(content), 7):
             (path / name).write_bytes(content[:length])
             with pytest.raises(UsageError, match="step-00000001"):
-                load(path)
+                small.load(path)
         (path / name).write_bytes(content)
-    assert load(path) == {1.0}
+    assert small.load(path) == {1.0}
 
 
 def test_weights_of_another_model_and_another_format_are_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
+    path = small.save(tmp_path, 1)
     with pytest.raises(UsageError, match=r"model\.safetensors.*size mismatch"):
         checkpoint.load_weights(path, nn.Linear(4, 2).load_state_dict)
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(UsageError, match="format 99"):
-        checkpoint.read(path)
+    for other in (2, 99, None):
+        (path / "state.json").write_text(json.dumps(state | {"format": other}))
+        with pytest.raises(UsageError, match=f"has format {other}; this gmscale reads format 3$"):
+            checkpoint.read(path)
 
 
 # ---- no pickle, and timm -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import io
 from contextlib import redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -11,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmscale import GradientMask
-from gmscale.config import TrainConfig, build_parser, changed_on_resume, from_dict, load, parse
+from gmscale.config import (
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    build_parser,
+    changed_on_resume,
+    from_dict,
+    load,
+    parse,
+)
 from gmscale.errors import UsageError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -52,7 +62,7 @@ def test_an_empty_section_changes_nothing(tmp_path: Path) -> None:
         ("optim: {lrr: 1}", "'lr'"),
         ("mask: {sigm: 1}", "'sigma'"),
         ("data: {batchsize_per_device: 1}", "'batch_size_per_device'"),
-        ("lr: 1", "run, model, data, augment, optim, mask, output, parallel"),
+        ("lr: 1", "run, model, finetune, data, augment, optim, mask, output, parallel"),
     ],
 )
 def test_an_unknown_key_in_a_file_or_mapping_names_the_nearest(tmp_path: Path, text: str, meant: str) -> None:
@@ -234,3 +244,29 @@ def test_every_shipped_file_parses(path: Path) -> None:
 
 def test_files_are_shipped() -> None:
     assert CONFIGS
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("linear", 0.2), ("sqrt", 0.1 * 2**0.5)])
+def test_the_learning_rate_follows_the_global_batch(scaling: Literal["linear", "sqrt"], expected: float) -> None:
+    optim = OptimConfig(lr=0.1, lr_batch_size=512, lr_scaling=scaling)
+    assert optim.for_batch(1024).lr == pytest.approx(expected)
+    assert optim.for_batch(512).lr == 0.1
+    assert OptimConfig(lr=0.1).for_batch(1024).lr == 0.1
+    assert optim.for_batch(1024).for_batch(1024).lr == pytest.approx(expected)  # scaled once
+
+
+def test_a_run_of_before_a_field_existed_resumes_with_its_default() -> None:
+    saved = yaml.safe_load(TrainConfig().to_yaml())
+    del saved["optim"]["loss"], saved["finetune"]
+    assert changed_on_resume(saved, TrainConfig()) == []
+    now = TrainConfig(optim=OptimConfig(loss="bce"))
+    assert changed_on_resume(saved, now) == [("optim.loss", "ce", "bce")]
+
+
+def test_what_training_follows_may_not_change_on_resume() -> None:
+    saved = yaml.safe_load(TrainConfig().to_yaml())
+    often = RunConfig(eval_every_epochs=0.5)
+    assert changed_on_resume(saved, TrainConfig(run=often)) == []
+    saved["optim"]["sched"] = "plateau"
+    followed = TrainConfig(run=often, optim=OptimConfig(sched="plateau"))
+    assert changed_on_resume(saved, followed) == [("run.eval_every_epochs", 1.0, 0.5)]

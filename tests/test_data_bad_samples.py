@@ -32,8 +32,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return embedded.ensure(config)
 
 
-def opened(config: DataConfig, rank: int = 0, world_size: int = 1) -> TrainLoader:
-    train = train_loader(config, AugmentConfig(), 0, rank, world_size, 1)
+def opened(config: DataConfig, rank: int = 0, world_size: int = 1, repeats: int = 1) -> TrainLoader:
+    train = train_loader(config, AugmentConfig(repeats=repeats), 0, rank, world_size, 1)
     assert isinstance(train, TrainLoader)
     return train
 
@@ -81,6 +81,20 @@ def test_a_bad_sample_is_replaced_by_its_neighbour_on_every_rank_alike(
     ranks = [opened(replace(config, workers=workers), rank, 2) for rank in range(2)]
     together = [batch for pair in zip(*map(batches, ranks), strict=True) for batch in pair]
     assert torch.equal(images(found), images(together))
+
+
+def test_every_copy_of_a_bad_sample_is_replaced_alike(source: Path, tmp_path: Path) -> None:
+    neighbours = {5: 6, 20: 22, 21: 22, 47: 32}
+    config, _ = damaged(source, tmp_path, list(neighbours))
+    train = opened(config, repeats=2)
+    planned = order.epoch_plan(train.index.lengths, 0, 0, 2, 4).samples.tolist()
+    found = batches(train)
+    used = [neighbours.get(i, i) for i in planned]
+    assert used != planned
+    assert torch.cat([batch.labels for batch in found]).tolist() == train.index.label[used].tolist()
+    # The copies are other variants of the same neighbour.
+    pixels = images(found).flatten(1).tolist()
+    assert len({tuple(image) for image in pixels}) == len(pixels)
 
 
 def test_a_row_of_bad_samples_ends_the_run_and_names_the_first(source: Path, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from gmscale.data.batch import Batch
@@ -55,7 +58,7 @@ def test_without_anything_late_images_are_normalised_and_labels_go_as_they_are()
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(images.double(), plainly(given.images), rtol=1e-5, atol=1e-6)
-    assert torch.equal(images, normalize(given.images, DATA.mean, DATA.std))
+    assert torch.equal(images, normalize(given.images, DATA))
     assert torch.equal(targets, given.labels)
 
 
@@ -144,10 +147,10 @@ def test_a_cpu_may_work_in_any_blocks(block: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_normalize_keeps_strides(memory_format: torch.memory_format) -> None:
     images = torch.randint(0, 256, (3, 3, 5, 4), dtype=torch.uint8).contiguous(memory_format=memory_format)
-    normalised = normalize(images, DATA.mean, DATA.std)
+    normalised = normalize(images, DATA)
     assert normalised.stride() == images.stride()
     torch.testing.assert_close(normalised.double(), plainly(images), rtol=1e-5, atol=1e-6)
-    half = normalize(images, DATA.mean, DATA.std, torch.bfloat16)
+    half = normalize(images, DATA, torch.bfloat16)
     assert torch.equal(half, normalised.bfloat16())
 
 
@@ -199,3 +202,68 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- one channel of brightness ---------------------------------------------------------------------------------
+
+GREY = DataConfig(image_size=S, channels=1)
+
+
+def pillows(images: Tensor) -> Tensor:
+    """Pillow's mode L of uint8 [N, 3, H, W], as [N, 1, H, W]."""
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L") for image in images]
+    return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])[:, None]
+
+
+def plainly_grey(images: Tensor) -> Tensor:
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    mean, std = (weights @ torch.tensor(values, dtype=torch.float64) for values in (DATA.mean, DATA.std))
+    return (images.double() / 255 - mean) / std
+
+
+def test_brightness_is_pillows() -> None:
+    levels = torch.arange(0, 256, 15, dtype=torch.uint8)
+    colours = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 18, -1).contiguous()
+    found = normalize(colours, GREY)
+    assert found.shape == (1, 1, 18, 324)
+    torch.testing.assert_close(found.double(), plainly_grey(pillows(colours)), rtol=1e-4, atol=1e-5)
+    pixels = torch.round((found.double() * GREY.statistics[1][0] + GREY.statistics[0][0]) * 255)
+    assert torch.equal(pixels.to(torch.uint8), pillows(colours))
+
+
+def test_training_and_evaluation_see_the_same_brightness() -> None:
+    given = batch(6)
+    assert isinstance(given.images, Tensor)
+    images, targets = to_device(given, GREY, AugmentConfig(), CLASSES, CPU)
+    assert images.shape == (6, 1, S, S)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, normalize(given.images, GREY))
+    assert torch.equal(targets, given.labels)
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+@pytest.mark.parametrize("mix_mode", ["batch", "elem"])
+def test_brightness_is_mixed_and_erased_like_any_channel(mix_mode: Any, mode: Any) -> None:
+    augment = AugmentConfig(**EVERYTHING | {"mix_mode": mix_mode, "erase_mode": mode})
+    given = batch(8, draw_late(augment, S, seeds(8), epoch=0))
+    assert isinstance(given.images, Tensor)
+    images, targets = to_device(given, GREY, augment, CLASSES, CPU)
+    # Grey colours: all three channels are the brightness, so each is what one channel has to be.
+    grey = pillows(given.images).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    same = DataConfig(image_size=S, mean=GREY.statistics[0] * 3, std=GREY.statistics[1] * 3)
+    expected, same_targets = to_device(given._replace(images=grey), same, augment, CLASSES, CPU)
+    assert torch.equal(images, expected[:, :1])
+    assert torch.equal(targets, same_targets)
+
+
+def test_a_run_in_brightness_trains_evaluates_and_shows_pictures(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    tiny.build(cache)
+    data = {"channels": 1, "batch_size_per_device": 10}
+    config = tiny.config(cache, tmp_path / "run", data=data, augment={"mixup": 0.2, "erase_prob": 0.5})
+    summary = tiny.train(config).summary
+    assert summary is not None
+    assert summary["loss"] > 0
+    weights = tiny.tensors(tmp_path / "run")
+    assert min(t.shape[1] for name, t in weights.items() if "model.safetensors" in name and t.dim() == 4) == 1
+    assert Image.open(tmp_path / "run" / "samples" / "000.png").mode == "RGB"

@@ -27,6 +27,7 @@ from gmscale.data import (
     TrainLoader,
     ValLoader,
     embedded,
+    loader,
     order,
     to_device,
     train_loader,
@@ -114,6 +115,55 @@ def test_a_step_larger_than_the_split_is_refused() -> None:
     assert order.steps_per_epoch(100, 32) == 3
     with pytest.raises(UsageError, match=r"data\.batch_size_per_device .*takes 128 .*split has 100"):
         order.steps_per_epoch(100, 128)
+
+
+# ---- repeated augmentation -----------------------------------------------------------------------------------
+
+
+@given(shard_lengths, seeds, epochs, st.integers(1, 40))
+def test_without_repeats_an_epoch_is_what_it_was(lengths: np.ndarray, seed: int, epoch: int, size: int) -> None:
+    plan = order.epoch_plan(lengths, seed, epoch, 1, size)
+    assert np.array_equal(plan.samples, order.epoch_order(lengths, seed, epoch))
+    expected = order.augmentation_seeds(int(lengths.sum()), seed, epoch)[plan.samples]
+    assert np.array_equal(plan.seeds, expected)
+
+
+@given(shard_lengths, seeds, epochs, st.integers(2, 5), st.integers(1, 40))
+def test_repeats_keep_the_length_and_take_the_first_of_the_order(
+    lengths: np.ndarray, seed: int, epoch: int, repeats: int, size: int
+) -> None:
+    plan = order.epoch_plan(lengths, seed, epoch, repeats, size)
+    whole = order.epoch_order(lengths, seed, epoch)
+    count = len(whole)
+    # timm's RepeatAugSampler: the order with each sample repeated, cut into global batches.
+    for first in range(0, count, size):
+        batch = slice(first, first + size)
+        assert sorted(plan.samples[batch]) == sorted(np.repeat(whole, repeats)[:count][batch])
+    assert len(set(plan.seeds.tolist())) == count
+    assert set(zip(plan.samples, plan.seeds, strict=True)) == set(
+        zip(*order.epoch_plan(lengths, seed, epoch, repeats, 1), strict=True)
+    )
+    one_copy = dict(zip(*order.epoch_plan(lengths, seed, epoch), strict=True))
+    pairs = set(zip(plan.samples, plan.seeds, strict=True))
+    assert all((sample, one_copy[sample]) in pairs for sample in plan.samples)
+
+
+@given(st.integers(2, 4), st.sampled_from([2, 4, 8]), st.sampled_from([1, 2, 4]), seeds)
+def test_neighbours_and_ranks_have_different_samples(
+    repeats: int, rank_batch: int, accumulate: int, seed: int
+) -> None:
+    division = 4, rank_batch, accumulate
+    size = 4 * rank_batch * accumulate
+    plan = order.epoch_plan(np.full(5, 64), seed, 0, repeats, size)
+    for rank in range(4):
+        for batch in order.micro_batches(plan.samples, 1, rank, *division):
+            assert len(set(batch)) == len(batch)
+
+
+def test_another_epoch_repeats_other_samples() -> None:
+    chosen = [set(order.epoch_plan(np.full(4, 60), 0, epoch, 3, 24).samples.tolist()) for epoch in range(20)]
+    assert {len(samples) for samples in chosen} == {80}
+    assert len(set.union(*chosen)) > 230
 
 
 # ---- loader ------------------------------------------------------------------------------------------------
@@ -228,6 +278,40 @@ def test_a_global_batch_does_not_depend_on_its_division_also_after_a_resume(
         parts = prepared(list(step), config)
         assert torch.equal(images, torch.cat([part for part, _ in parts]))
         assert torch.equal(targets, torch.cat([part for _, part in parts]))
+
+
+@pytest.mark.parametrize(("batch_size", "world_size", "accumulate", "workers"), [(2, 4, 1, 0), (2, 2, 2, 1)])
+def test_repeats_do_not_depend_on_the_division_of_a_global_batch_also_after_a_resume(
+    config: DataConfig, batch_size: int, world_size: int, accumulate: int, workers: int
+) -> None:
+    augment = replace(AUGMENT, repeats=3)
+
+    def run(size: int, ranks: int, accumulate: int, workers: int, start: int) -> list[torch.Tensor]:
+        settings = replace(config, batch_size_per_device=size, workers=workers)
+        loaders = [train_loader(settings, augment, 0, rank, ranks, accumulate) for rank in range(ranks)]
+        steps = zip(*(loader.epoch(1, start) for loader in loaders), strict=True)
+        return [torch.cat([part for part, _ in prepared(list(step), config)]) for step in steps]
+
+    alone = run(8, 1, 1, 0, 0)
+    assert len(alone) == 6
+    assert all(len({tuple(image.flatten().tolist()) for image in images}) == 8 for images in alone)
+    for found, expected in zip(run(batch_size, world_size, accumulate, workers, 2), alone[2:], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_remote_shards_are_fetched_in_the_order_in_which_repeats_read_them(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = train_loader(config, replace(AUGMENT, repeats=3), 0, 0, 1, 1)
+    assert isinstance(train, TrainLoader)
+    fetched: list[str] = []
+    local = type(train.index.split.directory)
+    monkeypatch.setattr(loader, "RemoteDirectory", local)
+    monkeypatch.setattr(local, "prefetch", lambda self, names: fetched.extend(names), raising=False)
+    next(train.epoch(2, 3))
+    read_later = order.epoch_plan(train.index.lengths, 0, 2, 3, 4).samples[3 * 4 :]
+    names = [train.index.split.names[train.index.shard(int(i))] for i in read_later]
+    assert fetched == list(dict.fromkeys(names))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -611,6 +611,12 @@ def test_orders_differ_between_epochs_and_seeds_and_come_again(tmp_path: Path) -
         assert sum(x == y for x, y in zip(orders[a], orders[b], strict=True)) < 10
 
 
+def test_repeats_need_an_index(tmp_path: Path) -> None:
+    split = numbered(tmp_path, [3, 2, 4])
+    with pytest.raises(UsageError, match=r"augment\.repeats is 2, but data\.access stream"):
+        StreamLoader(split, settings_for(tmp_path), AugmentConfig(repeats=2), 0, 0, 1, 1)
+
+
 def test_an_order_is_for_ever(tmp_path: Path) -> None:
     # A resumed run depends on it, whatever versions it is resumed with.
     split = numbered(tmp_path, [3, 2, 4])

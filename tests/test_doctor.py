@@ -1,14 +1,32 @@
 """gmscale doctor: honest findings, a remedy for each failure, an exit status."""
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import warm
 
 from gmscale import doctor
 from gmscale.doctor import Finding
 from gmscale.errors import UsageError
 
 
+@pytest.fixture
+def warm_torchrun(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let doctor's torchrun begin at once; tests/test_readme.py runs it as a user does."""
+    folder, run = tmp_path_factory.mktemp("doctor"), subprocess.run
+
+    def run_warm(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "torch.distributed.run" not in command:
+            return run(command, **options)
+        program = warm.Program(folder / "log", command[1:], folder, options["env"])
+        return subprocess.CompletedProcess(command, program.wait(), "", program.output)
+
+    monkeypatch.setattr(doctor.subprocess, "run", run_warm)
+
+
+@pytest.mark.usefixtures("warm_torchrun")
 def test_a_healthy_machine_is_reported_as_such(tmp_path, capsys):
     assert doctor.main(["--dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -29,6 +47,7 @@ def test_every_failure_comes_with_a_remedy_and_status_1(tmp_path, capsys, monkey
     assert "-> cure" in out
 
 
+@pytest.mark.usefixtures("warm_torchrun")
 def test_a_failing_all_reduce_is_noticed(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     finding = doctor._all_reduce("gloo", processes=1)

@@ -1,14 +1,13 @@
 """Every command and every Python block of the README does what it says."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -16,16 +15,9 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line.split("#")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 # A whole environment each: CI's own way in, and the launch test's.
 RUN_ELSEWHERE = {"./launch/quickstart.sh", "./launch/test.sh"}
-
-
-def run(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +35,21 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_installed(command: str) -> list[str]:
-    """Return the command with the programs of this environment."""
+    """Return the arguments of Python that make it the command."""
     program, *arguments = shlex.split(command)
-    programs = {"gmscale": [sys.executable, "-m", "gmscale"], "torchrun": TORCHRUN}
-    # A data set as small as it goes: the test is that the command works.
-    shrink = ["--data.size", "256"] if "--config" in arguments and "train" in arguments else []
+    programs = {"gmscale": ["-m", "gmscale"], "torchrun": TORCHRUN}
+    # As little work as it goes: the test is that the command works.
+    is_training = "--config" in arguments and "train" in arguments
+    shrink = ["--data.size", "256", "--parallel.threads", "1"] if is_training else []
     return [*programs[program], *arguments, *shrink]
 
 
 @pytest.mark.slow
-def test_the_commands_run_in_the_readmes_order(checkout):
+def test_the_commands_run_in_the_readmes_order(checkout, tmp_path):
     commands = [c for c in COMMANDS if c and c not in RUN_ELSEWHERE]
     assert len(commands) >= 5
     for command in commands:
-        run(as_installed(command), checkout)
+        warm.run(tmp_path / "log", as_installed(command), checkout)
     assert (checkout / "runs" / "report.html").stat().st_size > 10_000
     assert (checkout / "runs" / "two" / "summary.json").exists()
 
@@ -71,7 +64,7 @@ def test_the_launch_commands_exist_and_parse():
 def test_the_script_runs_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(next(text for text in PYTHON if "init_process_group" in text))
-    output = run([*TORCHRUN, "--nproc_per_node", "2", str(script)], tmp_path)
+    output = warm.run(tmp_path / "log", [*TORCHRUN, "--nproc_per_node", "2", str(script)], tmp_path)
     assert re.search(r"touches \d+ weights, keeps \d+% of their gradient entries", output)
 
 

@@ -373,13 +373,32 @@ def test_bad_samples_of_shards_are_treated_as_bad_images(tmp_path: Path, out: Pa
 
 # ---- interruptions ----------------------------------------------------------------------------------------------
 
-COMMAND = [sys.executable, "-m", "gmscale", "shards", "build"]
+# `gmscale shards build`, but that it hands out so many shards and no more, and waits to be interrupted.
+PAUSING = """
+import signal, sys
+from itertools import islice
+from gmscale import cli
+from gmscale.shards import build
+
+def first(tasks, count):
+    yield from islice(tasks, count)
+    signal.pause()
+
+spread, count = build.spread, int(sys.argv[1])
+build.spread = lambda work, tasks, workers: spread(work, first(tasks, count), workers)
+cli.main(["shards", "build", *sys.argv[2:]])
+"""
 
 
 def start_and_signal(arguments: list[str], out: Path, shards: int, number: int) -> subprocess.CompletedProcess[str]:
     """Run the command in a session of its own until so many shards are complete, then signal its main process."""
+    handed_out = str(shards - len(list(out.glob("*.tar"))) + 1)  # the last of them may never be complete
     with subprocess.Popen(
-        [*COMMAND, *arguments], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PAUSING, handed_out, *arguments],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + 60
         while len(list(out.glob("*.tar"))) < shards and process.poll() is None:
@@ -409,8 +428,7 @@ def processes_of(session: int) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_an_interrupted_build_goes_on_to_the_same_bytes(source: Path, tmp_path: Path, out: Path) -> None:
-    # So many that none of the interruptions comes too late.
-    for number in range(150):
+    for number in range(50):
         (source / "bee" / f"more{number}.JPEG").hardlink_to(source / "bee" / "1.JPEG")
     arguments = [str(source), str(out), "--samples_per_shard", "2", "--workers", "2"]
     for shards, number, status in ((3, signal.SIGTERM, 143), (10, signal.SIGINT, 130), (20, signal.SIGKILL, -9)):

@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 def test_a_run_leaves_what_is_promised(finished_run: Path) -> None:
     names = {p.name for p in finished_run.iterdir()}
     assert names == {
-        *("config.yaml", "environment.json", "touched.json", "metrics.jsonl", "summary.json"),
+        *("config.yaml", "environment.json", "data.json", "touched.json", "metrics.jsonl", "summary.json"),
         *("checkpoints", "samples", "tensorboard"),
     }
     assert from_dict(yaml.safe_load((finished_run / "config.yaml").read_text())).run.epochs == 1.5
@@ -55,7 +55,7 @@ def test_a_run_leaves_what_is_promised(finished_run: Path) -> None:
     touched = json.loads((finished_run / "touched.json").read_text())["mask"]
     assert touched["site"] == "single"
     assert touched["agreement"] == "local"
-    model = dict(models.create(TrainConfig().model, 10).named_parameters())
+    model = dict(models.create(TrainConfig(), 10).named_parameters())
     assert {t["name"] for t in touched["touched"]} | set(touched["passed"]) == set(model)
     for entry in touched["touched"]:
         assert entry["shape"] == list(model[entry["name"]].shape)
@@ -115,7 +115,7 @@ def test_a_finished_run_is_not_repeated(finished_run: Path) -> None:
 @pytest.mark.parametrize("name", ["model", "model_ema"])
 def test_the_saved_weights_and_average_are_those_evaluated(finished_run: Path, cache: Path, name: str) -> None:
     config = from_dict(yaml.safe_load((finished_run / "config.yaml").read_text()))
-    model = models.create(config.model, 10)
+    model = models.create(config, 10)
     newest = checkpoint.latest(finished_run)
     assert newest is not None
     model.load_state_dict(load_file(newest / f"{name}.safetensors"))
@@ -201,7 +201,7 @@ def test_every_validation_sample_counts_once_in_batches_of_any_size(
 
 def test_evaluation_changes_nothing(tmp_path: Path, cache: Path) -> None:
     config = tiny.config(cache, tmp_path)
-    model = models.create(config.model, 10).train()
+    model = models.create(config, 10).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     random_state = torch.get_rng_state()
     evaluation.evaluate(model, val_loader(config), config.data, tiny.ALONE)
@@ -236,7 +236,7 @@ def state_of(config: TrainConfig, model: nn.Module) -> TrainingState:
 
 def gradients(model: nn.Module, batch: data.Batch, config: TrainConfig) -> dict[str, np.ndarray]:
     model.train()
-    loss = cross_entropy(model(data.normalize(batch.images, config.data.mean, config.data.std)), batch.labels)
+    loss = cross_entropy(model(data.normalize(batch.images, config.data)), batch.labels)
     found = torch.autograd.grad(loss, list(model.parameters()))
     return {n: g.double().numpy() for (n, _), g in zip(model.named_parameters(), found, strict=True)}
 
@@ -275,7 +275,7 @@ def test_a_step_accumulates_then_masks_then_unscales_then_clips(
         mask={"strength": 1.0, "error_feedback": False},
     )
     torch.manual_seed(0)
-    model = models.create(config.model, 10)
+    model = models.create(config, 10)
     other, start = copy.deepcopy(model), {n: p.detach().clone() for n, p in model.named_parameters()}
     state = state_of(config, model)
     if scale != 1:  # float32 gradients under the loss scale of fp16
@@ -285,7 +285,7 @@ def test_a_step_accumulates_then_masks_then_unscales_then_clips(
     micro_batches = random_batches(2, 8)
 
     state.attachment.at(0, 10, grad_scale=state.wrapped.loss_scale(), observe=False)
-    norm = train_step(state, micro_batches, config, tiny.ALONE, 10)
+    norm = train_step(state, micro_batches, config, tiny.ALONE, 10).grad_norm
 
     def mask(grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {n: oracle.apply(g, 1.0) if n in touched else g for n, g in grads.items()}
@@ -342,7 +342,7 @@ def test_every_way_of_clipping_bounds_the_step(tmp_path: Path, cache: Path, mode
         },
     )
     torch.manual_seed(0)
-    model = models.create(config.model, 10)
+    model = models.create(config, 10)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     train_step(state_of(config, model), random_batches(1, 8), config, tiny.ALONE, 10)
     steps = {n: (p.detach() - start[n]).abs() for n, p in model.named_parameters()}

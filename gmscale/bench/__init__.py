@@ -15,6 +15,7 @@ usage: gmscale bench WHAT ...
   step    whole training steps: plain DDP, torch's hooks and our modes; ratios, bytes, memory
   mask    the masking alone on the gradients of real models, as a share of what a memory copy reaches
   comm    the same training steps over a link whose rate is limited (Linux, root)
+  loop    whole training runs beside those of timm's and Accelerate's loops: images/s, start-up, memory
   loader  input pipelines on the same JPEGs: images per CPU-second; a training's wait for data; the index at scale
 
 gmscale bench WHAT --help explains the options."""
@@ -74,4 +75,16 @@ def _loader(argv: list[str]) -> int:
     return loader(argv)
 
 
-_BENCHES: dict[str, Callable[[list[str]], int]] = {"step": _step, "mask": _mask, "comm": _comm, "loader": _loader}
+def _loop(argv: list[str]) -> int:
+    from gmscale.bench.loop import main as loop
+
+    return loop(argv)
+
+
+_BENCHES: dict[str, Callable[[list[str]], int]] = {
+    "step": _step,
+    "mask": _mask,
+    "comm": _comm,
+    "loop": _loop,
+    "loader": _loader,
+}

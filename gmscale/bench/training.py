@@ -24,12 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gmscale import environment, parallel
 from gmscale.bench.memory import copy_gb_per_s, least_bytes
-from gmscale.bench.traffic import counted, total_bytes
 from gmscale.errors import UsageError
 from gmscale.masking import GradientMask
 from gmscale.parallel import World
 from gmscale.sites import Attachment, attach
 from gmscale.sites.output import OUTPUT_DEFAULT
+from gmscale.traffic import counted, total_bytes
 
 PLAIN = "plain DDP"
 WARM_UP = 4  # steps: buckets are rebuilt, PowerSGD has begun, allocators are filled

@@ -13,6 +13,10 @@ _QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "random"]
 
 
+# ITU-R 601-2 luma of red, green and blue as Pillow computes it, in units of 2 ** -16.
+LUMA = 19595, 38470, 7471
+
+
 def without_secrets(text: str) -> str:
     """Return text without the credentials and queries of any address in it."""
     return _QUERY.sub(r"\1", _CREDENTIALS.sub("", text))
@@ -60,6 +64,10 @@ class DataConfig:
     image_size: int = 64
     """Side of the square images that the model sees, in pixels."""
 
+    channels: Literal[1, 3] = 3
+    """Channels of the images that the model sees: 3 colours, or 1 of brightness (as Pillow's L, from the decoded
+    colours; mean and std are weighted alike)."""
+
     batch_size_per_device: int = 64
     """Images of one micro-batch on one device."""
 
@@ -89,6 +97,17 @@ class DataConfig:
 
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of red, green and blue, by which the images are divided (ImageNet's)."""
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of the model's channels; those of brightness are the colours', weighted alike."""
+        if self.channels == 3:
+            return self.mean, self.std
+        mean, std = (
+            sum(weight * value for weight, value in zip(LUMA, values, strict=True)) / 2**16
+            for values in (self.mean, self.std)
+        )
+        return (mean,), (std,)
 
     def __post_init__(self) -> None:
         # Below 4 the embedded validation split would be empty.
@@ -141,6 +160,10 @@ class AugmentConfig:
     erase_count: int = 1
     """Largest number of rectangles erased in one image."""
 
+    repeats: int = 1
+    """Variants of each image in a global batch (repeated augmentation); an epoch stays as long, and sees so many
+    times fewer images. Needs data.access index."""
+
     mixup: float = 0.0
     """Mixup's alpha: images and labels are mixed by a share drawn from Beta(alpha, alpha). 0 is off."""
 
@@ -181,4 +204,5 @@ class AugmentConfig:
             check_range(getattr(self, field), f"augment.{field}", 0, 1)
         for field in ("color_jitter", "mixup", "cutmix", "mix_off_epoch"):
             check_range(getattr(self, field), f"augment.{field}", 0)
+        check_range(self.repeats, "augment.repeats", 1, 64)
         check_range(self.erase_count, "augment.erase_count", 1, 100)

@@ -62,10 +62,10 @@ def ensure(config: DataConfig) -> Path:
 
     A directory of that name is always complete. Concurrent processes may both build; the first to finish wins.
     """
-    cache = Path(config.cache_dir)
-    target = cache / f"embedded-v{FORMAT_VERSION}-{config.image_size}px-{config.size}"
+    target = place(config)
     if target.is_dir():
         return target
+    cache = target.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
@@ -75,6 +75,11 @@ def ensure(config: DataConfig) -> Path:
     except OSError as error:
         raise UsageError(f"data.cache_dir: the embedded data set cannot be built in {cache}: {error}") from error
     return target
+
+
+def place(config: DataConfig) -> Path:
+    """Return where `ensure` builds, or has built, the shards for these settings."""
+    return Path(config.cache_dir) / f"embedded-v{FORMAT_VERSION}-{config.image_size}px-{config.size}"
 
 
 def build(directory: Path, size: int, image_size: int = 64, seed: int = 0) -> None:

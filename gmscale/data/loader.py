@@ -54,21 +54,24 @@ class TrainLoader:
         self.global_batch_size = data.batch_size_per_device * world_size * grad_accum_steps
         self.steps_per_epoch = order.steps_per_epoch(len(index), self.global_batch_size)
         self._division = (rank, world_size, data.batch_size_per_device, grad_accum_steps)
-        self._seed = seed
+        self._seed, self._repeats = seed, augment.repeats
         self._requests = Requests[_Request]()
         samples = _Samples(index, train_assembly(data, augment), augment, data.image_size)
         self._batches = data_loader(samples, self._requests, data.workers)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """Yield each step's list of micro-batches, from `start_step` as an undisturbed epoch would."""
-        samples = order.epoch_order(self.index.lengths, self._seed, epoch)
-        seeds = order.augmentation_seeds(len(self.index), self._seed, epoch)
-        self._prefetch(samples[start_step * self.global_batch_size :])
+        plan = order.epoch_plan(self.index.lengths, self._seed, epoch, self._repeats, self.global_batch_size)
+        self._prefetch(plan.samples[start_step * self.global_batch_size :])
         steps, division = range(start_step, self.steps_per_epoch), self._division
         self._requests.current = (
-            _Request(indices, seeds[indices], epoch)
+            _Request(indices, seeds, epoch)
             for step in steps
-            for indices in order.micro_batches(samples, step, *division)
+            for indices, seeds in zip(
+                order.micro_batches(plan.samples, step, *division),
+                order.micro_batches(plan.seeds, step, *division),
+                strict=True,
+            )
         )
         batches = results(self._batches)
         *_, grad_accum_steps = division

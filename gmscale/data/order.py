@@ -3,6 +3,8 @@
 Nothing here counts: the training loop keeps the position, so a resumed run asks for the step it stopped at.
 """
 
+from typing import NamedTuple, TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,41 @@ WINDOW = 16
 # Independent streams of random bits under one (seed, epoch).
 _SHARDS, _SAMPLES, _AUGMENTATION = range(3)
 
+_Number = TypeVar("_Number", np.int64, np.uint64)
+
+
+class Plan(NamedTuple):
+    """What an epoch trains on, place by place."""
+
+    samples: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+    """Of the augmentation of each."""
+
+
+def epoch_plan(
+    lengths: NDArray[np.int64], seed: int, epoch: int, repeats: int = 1, global_batch_size: int = 1
+) -> Plan:
+    """Return the samples of an epoch in their order, each `repeats` times with other augmentation seeds.
+
+    The epoch keeps its length, so it ends after a part of `epoch_order`, another one in each epoch. The copies of a
+    sample are in one global batch, or in two that follow one another. Within a global batch all first copies come
+    before all second ones, as far apart as can be: so ranks, micro-batches and neighbours that are mixed have
+    different samples where there are enough, as in timm's RepeatAugSampler.
+    """
+    samples = epoch_order(lengths, seed, epoch)
+    count = len(samples)
+    bits = random_bits(seed, epoch, _AUGMENTATION)
+    if repeats == 1:
+        return Plan(samples, bits.random_raw(count)[samples])
+    samples = np.repeat(samples, repeats)[:count]
+    seeds = np.empty(count, dtype=np.uint64)
+    for copy in range(repeats):
+        own = slice(copy, None, repeats)
+        seeds[own] = bits.random_raw(count)[samples[own]]
+    places = np.arange(count)
+    places = np.lexsort((places % repeats, places // global_batch_size))
+    return Plan(samples[places], seeds[places])
+
 
 def epoch_order(lengths: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
     """Return a permutation of all samples: shards permuted, samples shuffled within windows of 16 shards.
@@ -21,8 +58,8 @@ def epoch_order(lengths: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np
     `lengths` holds the samples per shard; sample i is the i-th over all shards in their given order.
     """
     starts = np.cumsum(lengths) - lengths
-    shards = np.argsort(_bits(len(lengths), seed, epoch, _SHARDS), kind="stable")
-    bits = _bits(int(lengths.sum()), seed, epoch, _SAMPLES)
+    shards = np.argsort(random_bits(seed, epoch, _SHARDS).random_raw(len(lengths)), kind="stable")
+    bits = random_bits(seed, epoch, _SAMPLES).random_raw(int(lengths.sum()))
     windows = []
     for first in range(0, len(shards), WINDOW):
         samples = np.concatenate(
@@ -34,18 +71,18 @@ def epoch_order(lengths: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np
 
 def augmentation_seeds(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
     """Return one seed for each of `count` samples: a sample is augmented alike wherever it is loaded."""
-    return _bits(count, seed, epoch, _AUGMENTATION)
+    return random_bits(seed, epoch, _AUGMENTATION).random_raw(count)
 
 
 def micro_batches(
-    order: NDArray[np.int64],
+    order: NDArray[_Number],
     step: int,
     rank: int,
     world_size: int,
     batch_size_per_device: int,
     grad_accum_steps: int,
-) -> list[NDArray[np.int64]]:
-    """Return the samples of each micro-batch of `rank` at `step`.
+) -> list[NDArray[_Number]]:
+    """Return the samples, or their seeds, of each micro-batch of `rank` at `step`.
 
     The step's global batch is one slice of `order`, the rank's share a slice of that, so any division of the
     same global batch size trains on the same samples: 8 ranks x 32 or 4 x 64.
@@ -70,6 +107,7 @@ def rank_share(samples: int, rank: int, world_size: int) -> NDArray[np.int64]:
     return np.array_split(np.arange(samples), world_size)[rank]
 
 
-def _bits(count: int, seed: int, epoch: int, stream: int) -> NDArray[np.uint64]:
+def random_bits(*key: int) -> np.random.Philox:
+    """Return the stream of random bits that belongs to a key, such as (seed, epoch, purpose)."""
     # Raw bits, because numpy keeps them the same between its versions, which it does not promise for permutation().
-    return np.random.Philox(np.random.SeedSequence((seed, epoch, stream))).random_raw(count)
+    return np.random.Philox(np.random.SeedSequence(key))

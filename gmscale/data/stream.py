@@ -27,6 +27,7 @@ from gmscale.data.config import AugmentConfig, DataConfig
 from gmscale.data.faults import MOST_SUBSTITUTES, Fault, ImageError, SampleError
 from gmscale.data.images.device import draw_late
 from gmscale.data.images.transforms import eval_assembly, train_assembly
+from gmscale.data.order import random_bits
 from gmscale.data.sequence import Sample, pieces, read, replaced, shuffled
 from gmscale.data.source import Split
 from gmscale.data.tars.forward import PIPE, shown
@@ -53,6 +54,10 @@ class StreamLoader:
         world_size: int,
         grad_accum_steps: int,
     ) -> None:
+        if augment.repeats > 1:
+            raise UsageError(
+                f"augment.repeats is {augment.repeats}, but data.access stream reads each sample once; use index"
+            )
         lengths, self.classes = _known(split, data)
         self.samples = int(lengths.sum())
         self.global_batch_size = data.batch_size_per_device * world_size * grad_accum_steps
@@ -103,11 +108,6 @@ class StreamValLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         yield from results(self._batches)
-
-
-def _random(*key: int) -> np.random.Philox:
-    # Raw bits, because numpy keeps them the same between its versions, which it does not promise for permutation().
-    return np.random.Philox(np.random.SeedSequence(key))
 
 
 def _known(split: Split, data: DataConfig) -> tuple[NDArray[np.int64], list[str]]:
@@ -242,14 +242,16 @@ class _TrainSamples(_Samples):
     def _begin(self, epoch: int, stream: int) -> _Stream:
         samples = int(self.lengths.sum())
         self._seeds = order.augmentation_seeds(samples, self._seed, epoch)
-        shards = np.argsort(_random(self._seed, epoch, _SHARDS).random_raw(len(self.lengths)), kind="stable")
+        shards = np.argsort(random_bits(self._seed, epoch, _SHARDS).random_raw(len(self.lengths)), kind="stable")
         left_out = samples - self._batches * self._world_size * self._batch_size
         before = self._rank * self._batches + sum(
             len(range(s, self._batches, self._streams)) for s in range(stream)
         )
-        begin = int(_random(self._seed, epoch, _LEFT_OUT).random_raw()) % (left_out + 1) + before * self._batch_size
+        begin = (
+            int(random_bits(self._seed, epoch, _LEFT_OUT).random_raw()) % (left_out + 1) + before * self._batch_size
+        )
         end = begin + len(range(stream, self._batches, self._streams)) * self._batch_size
-        bits = _random(self._seed, epoch, _SHUFFLE, self._rank, stream)
+        bits = random_bits(self._seed, epoch, _SHUFFLE, self._rank, stream)
         return _Stream(replaced(self._read(begin, end, shards)), bits, self._batch_size)
 
     def _load(self, stream: _Stream, epoch: int) -> Batch:

@@ -29,7 +29,7 @@ def evaluate(
     parallel.broadcast_buffers(model, world)
     sums = torch.zeros(4, dtype=torch.float64)  # loss, top1, top5, count
     for images, labels, _ in loader:
-        inputs = normalize(images.to(world.device, non_blocking=True), config.mean, config.std)
+        inputs = normalize(images.to(world.device, non_blocking=True), config)
         labels = labels.to(world.device, non_blocking=True)
         logits = model(inputs).float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -42,8 +42,8 @@ def evaluate(
             )
         ).cpu()
     if lockstep:
-        for _ in range(parallel.largest_over_ranks(len(loader), world) - len(loader)):
-            model(torch.zeros(1, 3, config.image_size, config.image_size, device=world.device))
+        for _ in range(int(parallel.largest_over_ranks(len(loader), world)) - len(loader)):
+            model(torch.zeros(1, config.channels, config.image_size, config.image_size, device=world.device))
     model.train(was_training)
     loss, top1, top5, count = parallel.sum_over_ranks(sums, world).tolist()
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}

@@ -31,14 +31,20 @@ def write_samples(
         if not chosen:
             continue
         confidence, predicted = (
-            model(normalize(images[chosen].to(device), config.mean, config.std)).float().softmax(1).max(1)
+            model(normalize(images[chosen].to(device), config)).float().softmax(1).max(1)
         )
         for i, p, c in zip(chosen, predicted.tolist(), confidence.tolist(), strict=True):
             file = f"{len(records):03d}.png"
             Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(directory / file)
             names = loader.classes
             records.append(
-                {"file": file, "label": names[int(labels[i])], "predicted": names[p], "confidence": round(c, 4)}
+                {
+                    "file": file,
+                    "label": names[int(labels[i])],
+                    # the split may have no image of the model's last classes, and so no name for them
+                    "predicted": names[p] if p < len(names) else str(p),
+                    "confidence": round(c, 4),
+                }
             )
     model.train(was_training)
     (directory / "samples.json").write_text(json.dumps(records, indent=1))

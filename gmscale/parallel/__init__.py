@@ -1,16 +1,33 @@
 """Processes: the group, models made parallel, and failing or stopping together."""
 
+from torch import OutOfMemoryError
+
+from gmscale.parallel.back_ends import wrap
+from gmscale.parallel.batch_norm import set_batch_norm
 from gmscale.parallel.failure import PeerError, announce_failure, failed_elsewhere, together
 from gmscale.parallel.processes import cores, end_process, init, peak_memory_mb, shutdown
+from gmscale.parallel.replicated import Replicated
 from gmscale.parallel.stopping import STOPPED, StopRequest
-from gmscale.parallel.world import World, any_rank, barrier, broadcast_buffers, largest_over_ranks, sum_over_ranks
-from gmscale.parallel.wrapped import Replicated, Wrapped, wrap
+from gmscale.parallel.world import (
+    World,
+    any_rank,
+    barrier,
+    broadcast_buffers,
+    count_over_ranks,
+    gather_over_ranks,
+    largest_over_ranks,
+    sum_over_ranks,
+)
+from gmscale.parallel.wrapped import Stepped, WeightShard, Wrapped
 
 __all__ = [
     "STOPPED",
+    "OutOfMemoryError",
     "PeerError",
     "Replicated",
+    "Stepped",
     "StopRequest",
+    "WeightShard",
     "World",
     "Wrapped",
     "announce_failure",
@@ -18,11 +35,14 @@ __all__ = [
     "barrier",
     "broadcast_buffers",
     "cores",
+    "count_over_ranks",
     "end_process",
     "failed_elsewhere",
+    "gather_over_ranks",
     "init",
     "largest_over_ranks",
     "peak_memory_mb",
+    "set_batch_norm",
     "shutdown",
     "sum_over_ranks",
     "together",

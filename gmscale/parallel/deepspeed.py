@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from gmscale.config import TrainConfig
 from gmscale.errors import UsageError
+from gmscale.parallel.compiled import compile_, uncompiled
 from gmscale.parallel.failure import together
-from gmscale.parallel.world import World
-from gmscale.parallel.wrapped import MakeOptimizer, Wrapped
+from gmscale.parallel.world import World, broadcast_buffers, of_all_ranks
+from gmscale.parallel.wrapped import MakeOptimizer, Stepped, WeightShard, Wrapped, check_division, has_finite_norm
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -31,14 +32,14 @@ class DeepSpeedWrapped(Wrapped):
 
     def __init__(self, bare: nn.Module, make_optimizer: MakeOptimizer, config: TrainConfig, world: World) -> None:
         self._stage = config.parallel.zero_stage
-        self._is_main = world.is_main
-        self._clips = config.optim.clip_grad > 0
+        self.world = world
         self._half = config.optim.amp == "fp16"
         with together(world):
             self._deepspeed = _imported(world)
             _refuse(bare, make_optimizer, config, self._deepspeed.get_accelerator())
             # ZeRO lays parameters out flat, one after the other: contiguous, whatever they were before
             bare = bare.to(world.device).to(memory_format=torch.contiguous_format)
+            compile_([bare], config.model, world.device)
             optimizer = make_optimizer(bare)
         if self._half:
             bare.register_forward_pre_hook(lambda _, images: tuple(i.half() for i in images))
@@ -48,8 +49,12 @@ class DeepSpeedWrapped(Wrapped):
                 model=bare, optimizer=optimizer, config=_settings(bare, config)
             )
         self.bare, self.model = bare, self._engine
+        self.eval_model = uncompiled(bare, config.model)
         self.optimizer = self._engine.basic_optimizer  # the engine's own wrapper has the same param_groups
         self.lockstep = self._stage == 3
+        self._nonfinite: set[str] = set()
+        if self._stage > 0:
+            self._watch_verdicts()
 
     def loss_scale(self) -> float:
         return float(self._engine.optimizer.loss_scale) if self._half else 1.0
@@ -62,30 +67,30 @@ class DeepSpeedWrapped(Wrapped):
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch
 
-    def step(self) -> Tensor | None:
-        norm = None
-        if self._clips and self._stage == 0:  # the engine clips here too, but does not tell the norm
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
-        self._engine.step()
-        if self._clips and self._stage > 0:
-            norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return norm
+    def step(self) -> Stepped:
+        if self._stage == 0:
+            return self._step_whole()
+        self._nonfinite = set()
+        with _quiet():  # it would tell of skipped steps, as metrics do
+            self._engine.step()
+        return Stepped(torch.as_tensor(self._engine.get_global_grad_norm()), bool(self._engine.optimizer.overflow))
+
+    def nonfinite_gradients(self) -> list[str]:
+        anywhere = set[str]().union(*of_all_ranks(self._nonfinite, self.world))
+        return [name for name, _ in self.bare.named_parameters() if name in anywhere]
 
     def weights(self) -> Mapping[str, Tensor]:
         weights = {}
-        trained = dict(self.bare.named_parameters(remove_duplicate=False))
-        for name in self.bare.state_dict():
-            tensor = trained[name] if name in trained else self.bare.get_buffer(name)
-            if name in trained and self._stage > 0:
-                tensor = self._deepspeed.utils.safe_get_full_fp32_param(tensor)
-            if self._is_main:
-                weights[name] = tensor.detach().to("cpu", copy=True)
+        for name, tensor in self._named_tensors().items():
+            with self._whole(tensor) as whole:
+                if self.world.is_main:
+                    weights[name] = whole.detach().to("cpu", copy=True)
         return weights
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        own = dict(self.bare.named_parameters(remove_duplicate=False)) | dict(self.bare.named_buffers())
-        if unknown := own.keys() & self.bare.state_dict().keys() ^ weights.keys():
+        own = self._named_tensors()
+        if unknown := own.keys() ^ weights.keys():
             raise RuntimeError(f"the model and the file differ in {', '.join(sorted(unknown)[:3])}")
         for name, saved in weights.items():
             if self._stage == 3 and isinstance(own[name], nn.Parameter):
@@ -95,6 +100,37 @@ class DeepSpeedWrapped(Wrapped):
                 own[name].copy_(saved)
         if self._stage > 0:
             self._engine.optimizer.refresh_fp32_params()
+
+    def weight_shards(self) -> Mapping[str, WeightShard]:
+        if self._stage < 3:
+            return super().weight_shards()
+        shards, parameters = {}, dict(self.bare.named_parameters(remove_duplicate=False))
+        for name, tensor in self._named_tensors().items():
+            if name in parameters:
+                # a frozen weight has no float32 master
+                local = self._deepspeed.utils.safe_get_local_fp32_param(tensor) if tensor.requires_grad else None
+                shards[name] = self._shard(tensor, tensor.ds_tensor if local is None else local)
+            elif self.world.is_main:
+                shards[name] = WeightShard(tuple(tensor.shape), 0, tensor.detach().flatten())
+        return shards
+
+    @torch.no_grad()
+    def load_weight_shards(self, shards: Mapping[str, WeightShard]) -> None:
+        if self._stage < 3:
+            return super().load_weight_shards(shards)
+        own, parameters = self._named_tensors(), dict(self.bare.named_parameters(remove_duplicate=False))
+        with together(self.world):
+            check_division(self.weight_shards(), shards)
+        for name, tensor in own.items():
+            if name in parameters:
+                tensor.partition()  # small ones stay gathered, and would otherwise keep their old values
+                self._shard(tensor, tensor.ds_tensor).entries.copy_(shards[name].entries)
+                if tensor.ds_persist:
+                    tensor.all_gather()
+            elif self.world.is_main:
+                tensor.copy_(shards[name].entries.view_as(tensor))
+        broadcast_buffers(self.bare, self.world)
+        self._engine.optimizer.refresh_fp32_params()
 
     def optimizer_state(self) -> Mapping[str, Any]:
         shared: dict[str, Any] = {"param_groups": [_settings_of(group) for group in self.optimizer.param_groups]}
@@ -120,6 +156,59 @@ class DeepSpeedWrapped(Wrapped):
                 setattr(self._engine.optimizer.loss_scaler, name, value)
             for master, saved in zip(masters, own["masters"], strict=True):
                 master.copy_(saved)
+
+    def _named_tensors(self) -> dict[str, Any]:
+        """Return parameters and buffers, as ZeRO left them, in the names and the order of the state dict."""
+        own: dict[str, Any] = dict(self.bare.named_parameters(remove_duplicate=False))
+        own |= dict(self.bare.named_buffers())
+        return {name: own[name] for name in self.bare.state_dict()}
+
+    @contextmanager
+    def _whole(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Give a whole parameter or buffer, in float32 if it has a master; a collective."""
+        if self._stage > 0 and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            yield self._deepspeed.utils.safe_get_full_fp32_param(tensor)
+        elif self._stage == 3 and isinstance(tensor, nn.Parameter):
+            with self._deepspeed.zero.GatheredParameters([tensor]):
+                yield tensor
+        else:
+            yield tensor
+
+    def _shard(self, parameter: Any, local: Tensor) -> WeightShard:
+        """Return the entries of a ZeRO-3 parameter in `local`, a flat part of it, without its padding."""
+        offset = min(self.world.rank * local.numel(), parameter.ds_numel)
+        entries = local.detach()[: parameter.ds_numel - offset]
+        return WeightShard(tuple(parameter.ds_shape), offset, entries)
+
+    def _step_whole(self) -> Stepped:
+        """Step with ZeRO stage 0, which looks at no gradient."""
+        named = [(name, p.grad) for name, p in self.bare.named_parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([gradient for _, gradient in named])
+        if norm.isfinite():
+            self._engine.step()
+            return Stepped(norm, False)
+        self._nonfinite = {name for name, gradient in named if not has_finite_norm(gradient)}
+        self.bare.zero_grad()
+        self._engine.micro_steps += 1  # the engine counts the micro-batch without a step
+        return Stepped(norm, True)
+
+    def _watch_verdicts(self) -> None:
+        """Look at the gradients of a step that ZeRO is about to skip; afterwards they are gone."""
+        optimizer = self._engine.optimizer
+        update_scale = optimizer.loss_scaler.update_scale
+        held = optimizer.fp16_groups if self._stage == 3 else optimizer.params_in_partition
+        names = {id(parameter): name for name, parameter in self.bare.named_parameters()}
+
+        def update(overflow: bool) -> None:
+            if overflow:
+                for group, gradients in optimizer.averaged_gradients.items():
+                    padded = (g for g in gradients or () if not getattr(g, "_zero_padding", False))
+                    for gradient, parameter in zip(padded, held[group], strict=False):
+                        if not has_finite_norm(gradient):
+                            self._nonfinite.add(names[id(parameter)])
+            update_scale(overflow)
+
+        optimizer.loss_scaler.update_scale = update
 
     def _masters(self) -> list[Tensor]:
         """Return what the optimizer updates on this rank: parameters, or this rank's flat parts of them."""
@@ -174,6 +263,11 @@ def _settings(bare: nn.Module, config: TrainConfig) -> dict[str, Any]:
 def _refuse(bare: nn.Module, make_optimizer: MakeOptimizer, config: TrainConfig, accelerator: Any) -> None:
     """Raise UsageError for settings that DeepSpeed would fail at, or worse."""
     optim, stage = config.optim, config.parallel.zero_stage
+    if config.model.compile and stage == 3:
+        raise UsageError(
+            "model.compile with parallel.zero_stage 3: torch.compile does not see DeepSpeed gather the weights; "
+            "use stage 2, or parallel.backend fsdp2"
+        )
     if optim.clip_grad > 0 and optim.clip_mode != "norm":
         raise UsageError(
             f"optim.clip_mode is {optim.clip_mode!r}; parallel.backend deepspeed clips by norm only (or use ddp)"

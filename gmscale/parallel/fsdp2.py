@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,9 +15,11 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from gmscale.config import ParallelConfig, TrainConfig
 from gmscale.errors import RunError, UsageError
+from gmscale.parallel.compiled import compile_, uncompiled
 from gmscale.parallel.failure import together
+from gmscale.parallel.gradients import clip
 from gmscale.parallel.world import World
-from gmscale.parallel.wrapped import AMP_TYPES, MakeOptimizer, Wrapped
+from gmscale.parallel.wrapped import AMP_TYPES, MakeOptimizer, Stepped, WeightShard, Wrapped, check_division
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -54,18 +55,16 @@ class FSDP2Wrapped(Wrapped):
             dist.broadcast(tensor.detach(), src=0)
         mesh = init_device_mesh(world.device.type, (world.size,))
         with together(world):
+            compile_(blocks(bare) or [bare], config.model, world.device)
             _shard(bare, mesh, config.parallel, AMP_TYPES[config.optim.amp])
             self.optimizer = make_optimizer(bare)
         self.bare = self.model = bare
         self.autocast = AMP_TYPES[config.optim.amp]
-        self._eval_model = _Autocast(bare, world.device, self.autocast) if self.autocast else bare
+        plain = uncompiled(bare, config.model)
+        self.eval_model = _Autocast(plain, world.device, self.autocast) if self.autocast else plain
         self._optim = config.optim
         self._mesh = mesh
-        self._is_main = world.is_main
-
-    @property
-    def eval_model(self) -> nn.Module:
-        return self._eval_model
+        self.world = world
 
     def loss_scale(self) -> float:
         return 1.0
@@ -82,22 +81,42 @@ class FSDP2Wrapped(Wrapped):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> Tensor | None:
-        norm = self._clip()
-        self.optimizer.step()
+    def step(self) -> Stepped:
+        norm, finite = clip(self.bare.parameters(), self._optim)
+        if finite:
+            self.optimizer.step()
         self._share_buffers()
-        return norm
+        return Stepped(norm, not finite)
 
     def weights(self) -> Mapping[str, Tensor]:
         weights = {}
         for name, tensor in self.bare.state_dict().items():  # one after another: the ranks never hold all of them
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self._is_main:
+            if self.world.is_main:
                 weights[name] = whole.detach().cpu()
         return weights
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         set_model_state_dict(self.bare, dict(weights), options=StateDictOptions(full_state_dict=True))
+
+    def weight_shards(self) -> Mapping[str, WeightShard]:
+        shards = {}
+        for name, tensor in self.bare.state_dict().items():
+            if isinstance(tensor, DTensor):
+                offset = _first_row(tensor, self.world) * (tensor.numel() // max(1, tensor.shape[0]))
+                shards[name] = WeightShard(tuple(tensor.shape), offset, tensor.to_local().detach().flatten())
+            elif self.world.is_main:
+                shards[name] = WeightShard(tuple(tensor.shape), 0, tensor.detach().flatten())
+        return shards
+
+    @torch.no_grad()
+    def load_weight_shards(self, shards: Mapping[str, WeightShard]) -> None:
+        with together(self.world):
+            own = self.weight_shards()  # views of the weights
+            check_division(own, shards)
+            for name, shard in shards.items():
+                own[name].entries.copy_(shard.entries)
+        self._share_buffers()
 
     def optimizer_state(self) -> Mapping[str, Any]:
         return {"param_groups": self.optimizer.state_dict()["param_groups"]}
@@ -111,16 +130,6 @@ class FSDP2Wrapped(Wrapped):
             i: {k: _from_local(v, self._mesh) for k, v in state.items()} for i, state in own["optimizer"].items()
         }
         self.optimizer.load_state_dict({"state": states, "param_groups": shared["param_groups"]})
-
-    def _clip(self) -> Tensor | None:
-        if self._optim.clip_grad == 0:
-            return None
-        parameters = [p for p in self.bare.parameters() if p.grad is not None]
-        if self._optim.clip_mode == "norm":
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self._optim.clip_grad)
-            return norm.full_tensor() if isinstance(norm, DTensor) else norm
-        dispatch_clip_grad(parameters, self._optim.clip_grad, mode=self._optim.clip_mode)
-        return None
 
     def _share_buffers(self) -> None:
         """Give all ranks rank 0's buffers (batch-norm statistics), as DDP does before the next forward pass."""
@@ -194,6 +203,15 @@ def _shard_norms(module: nn.Module, mesh: DeviceMesh, reshard_after_forward: boo
     if norms:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         fully_shard(norms, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+
+
+def _first_row(weight: DTensor, world: World) -> int:
+    """Return the first row of a weight that this rank holds: `fully_shard` divides rows as torch.chunk does."""
+    rows, most = weight.shape[0], -(-weight.shape[0] // world.size)
+    first = min(world.rank * most, rows)
+    assert weight.placements == (Shard(0),), weight.placements
+    assert len(weight.to_local()) == min(most, rows - first)
+    return first
 
 
 def _to_local(value: Any) -> Any:

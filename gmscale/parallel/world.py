@@ -1,11 +1,13 @@
 """World: this process among the others, and the small collectives that all of them call."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,40 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     return values
 
 
-def largest_over_ranks(value: int, world: World) -> int:
-    """Return the largest of the ranks' values."""
-    largest = torch.tensor(value)
+def largest_over_ranks(value: float, world: World) -> float:
+    """Return the largest of the ranks' values; NaN if one of them is NaN."""
+    values = torch.tensor([value], dtype=torch.float64)
+    gathered = [values] * world.size
     if world.size > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world.control)
-    return int(largest)
+        gathered = [torch.empty_like(values) for _ in range(world.size)]
+        dist.all_gather(gathered, values, group=world.control)
+    return float(torch.cat(gathered).max())
 
 
 def any_rank(flag: bool, world: World) -> bool:
     """Return whether `flag` holds on any rank."""
     return bool(sum_over_ranks(torch.tensor(int(flag)), world) > 0)
+
+
+def count_over_ranks(world: World, *flags: bool) -> list[int]:
+    """Return for each flag on how many ranks it holds."""
+    return [int(count) for count in sum_over_ranks(torch.tensor([int(flag) for flag in flags]), world)]
+
+
+def gather_over_ranks(value: Any, world: World) -> list[Any]:
+    """Return the ranks' values, small ones that pickle."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def of_all_ranks(value: T, world: World) -> list[T]:
+    """Return the value of each rank, any small object."""
+    gathered: list[Any] = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(gathered, value, group=world.control)
+    return gathered
 
 
 def barrier(world: World) -> None:

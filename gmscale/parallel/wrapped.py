@@ -6,20 +6,37 @@ Here is everything in which the back-ends differ for the training loop and for c
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
-from gmscale.config import OptimConfig, ParallelConfig, TrainConfig
-from gmscale.parallel.failure import together
-from gmscale.parallel.world import World
+from gmscale.parallel.world import World, of_all_ranks
 
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class Stepped(NamedTuple):
+    """What an optimizer step did, the same on every rank."""
+
+    grad_norm: Tensor
+    """Norm of the reduced gradient before it was clipped."""
+    skipped: bool
+    """Whether weights and optimizer state were left alone, because that norm was not finite."""
+
+
+class WeightShard(NamedTuple):
+    """A rank's part of one weight: some neighbouring entries of the contiguous, flattened tensor."""
+
+    shape: tuple[int, ...]
+    """Shape of the whole weight."""
+    offset: int
+    """Place of the first entry."""
+    entries: Tensor
+    """1-D."""
 
 
 class Wrapped(ABC):
@@ -31,15 +48,13 @@ class Wrapped(ABC):
     """What a mask is attached to and the training loss is computed with."""
     optimizer: torch.optim.Optimizer
     """The optimizer whose param_groups hold the learning rate."""
+    eval_model: nn.Module
+    """The module to evaluate: float32 images in, logits out."""
     lockstep: bool = False
     """Whether a forward pass is a collective: all ranks then have to make equally many."""
     autocast: torch.dtype | None = None
     """dtype of torch.autocast around a forward pass; None where there is none or the back-end has its own way."""
-
-    @property
-    def eval_model(self) -> nn.Module:
-        """The module to evaluate: float32 images in, logits out."""
-        return self.bare
+    world: World
 
     @abstractmethod
     def loss_scale(self) -> float:
@@ -58,12 +73,46 @@ class Wrapped(ABC):
         """Backpropagate a micro-batch's loss, already divided by the number of micro-batches."""
 
     @abstractmethod
-    def step(self) -> Tensor | None:
-        """Unscale, clip and step; return the gradient norm if clipping by norm is on."""
+    def step(self) -> Stepped:
+        """Unscale, clip and step, unless a gradient is not finite."""
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Return after a skipped step the parameters whose gradient's norm is not finite, in the model's order.
+
+        A collective. Empty if each norm is finite, and only the norm of them all overflows.
+        """
+        own = {
+            name for name, p in self.bare.named_parameters() if p.grad is not None and not has_finite_norm(p.grad)
+        }
+        anywhere = set[str]().union(*of_all_ranks(own, self.world))
+        return [name for name, _ in self.bare.named_parameters() if name in anywhere]
+
+    def nonfinite_buffers(self) -> list[str]:
+        """Return the buffers that are not finite: batch-norm statistics after an activation that was not.
+
+        A collective. Skipping a step does not undo that. Buffers of rank 0 count, which the other ranks take over.
+        """
+        own = [name for name, buffer in self.bare.named_buffers() if not buffer.isfinite().all()]
+        return of_all_ranks(own, self.world)[0]
+
+    def refit(self) -> None:
+        """Take note that other parameters than before require gradients; a collective."""
+        raise NotImplementedError(f"{type(self).__name__} cannot change what trains")
+
+    def average_statistics(self) -> None:  # noqa: B027 - most have nothing to do
+        """Let all ranks agree on batch-norm statistics, before they are evaluated; a collective."""
 
     @abstractmethod
     def weights(self) -> Mapping[str, Tensor]:
         """Return the whole weights and buffers in timm's names, complete on the main rank; a collective."""
+
+    def weight_shards(self) -> Mapping[str, WeightShard]:
+        """Return this rank's part of the weights, where the back-end divides them."""
+        raise NotImplementedError(f"{type(self).__name__} does not divide the weights")
+
+    def load_weight_shards(self, shards: Mapping[str, WeightShard]) -> None:
+        """Load what `weight_shards` returned on this rank; a collective. Raises RuntimeError if they do not fit."""
+        raise NotImplementedError(f"{type(self).__name__} does not divide the weights")
 
     @abstractmethod
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -82,104 +131,21 @@ class Wrapped(ABC):
         """Load what `optimizer_state` and this rank's `rank_state` returned."""
 
 
-class Replicated(Wrapped):
-    """The whole model and optimizer on every rank: one process, or DistributedDataParallel."""
-
-    def __init__(
-        self, bare: nn.Module, optimizer: torch.optim.Optimizer, config: OptimConfig, device: torch.device
-    ) -> None:
-        self.bare = self.model = bare
-        self.optimizer = optimizer
-        self.autocast = AMP_TYPES[config.amp]
-        self._optim = config
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-
-    def distribute(self, config: ParallelConfig, device: torch.device, image_size: int) -> None:
-        """Wrap the model in DDP; a collective."""
-        self.model = DistributedDataParallel(
-            self.bare,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=config.bucket_cap_mb,
-            gradient_as_bucket_view=config.gradient_as_bucket_view,
-            static_graph=config.static_graph,
-            find_unused_parameters=config.find_unused_parameters,
-        )
-        _settle_buckets(self.model, image_size)
-
-    def loss_scale(self) -> float:
-        return self._scaler.get_scale()
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(loss).backward()
-
-    def step(self) -> Tensor | None:
-        self._scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        return norm
-
-    def weights(self) -> Mapping[str, Tensor]:
-        return self.bare.state_dict()
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        self.bare.load_state_dict(weights)
-
-    def optimizer_state(self) -> Mapping[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
-
-    def load_optimizer_state(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(dict(shared["optimizer"]))
-        self._scaler.load_state_dict(dict(shared["scaler"]))
-
-    def _clip(self) -> Tensor | None:
-        if self._optim.clip_grad == 0:
-            return None
-        parameters = [p for p in self.bare.parameters() if p.grad is not None]
-        if self._optim.clip_mode == "norm":
-            return torch.nn.utils.clip_grad_norm_(parameters, self._optim.clip_grad)
-        dispatch_clip_grad(parameters, self._optim.clip_grad, mode=self._optim.clip_mode)
-        return None
+def has_finite_norm(gradient: Tensor) -> bool:
+    """Whether the norm of a gradient, or of this rank's part of it, is finite."""
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return bool(torch.linalg.vector_norm(local.float()).isfinite())
 
 
-def wrap(bare: nn.Module, make_optimizer: MakeOptimizer, config: TrainConfig, world: World) -> Wrapped:
-    """Return the model on its device as the back-end of `world` trains it; a collective.
-
-    `make_optimizer` gets the model whose parameters the optimizer shall update. Raises UsageError for what the
-    back-end cannot do.
-    """
-    if world.backend == "deepspeed":
-        from gmscale.parallel.deepspeed import DeepSpeedWrapped
-
-        return DeepSpeedWrapped(bare, make_optimizer, config, world)
-    if world.backend == "fsdp2":
-        from gmscale.parallel.fsdp2 import FSDP2Wrapped
-
-        return FSDP2Wrapped(bare, make_optimizer, config, world)
-    with together(world):
-        bare = bare.to(world.device)
-        wrapped = Replicated(bare, make_optimizer(bare), config.optim, world.device)
-    if world.backend == "ddp":
-        wrapped.distribute(config.parallel, world.device, config.data.image_size)
-    return wrapped
-
-
-def _settle_buckets(model: DistributedDataParallel, image_size: int) -> None:
-    """Let DDP arrange its gradient buckets now, by a backward pass on black images that leaves no other trace.
-
-    By itself it would do so after the first steps of every start. A gradient's place in its bucket decides in which
-    order three or more ranks are summed, so the first steps after a resume would be rounded in another way than
-    those of an undisturbed run.
-    """
-    device = next(model.parameters()).device
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for _ in range(2 if model.static_graph else 1):
-            model(torch.zeros(2, 3, image_size, image_size, device=device)).sum().backward()
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+def check_division(own: Mapping[str, WeightShard], saved: Mapping[str, WeightShard]) -> None:
+    """Raise RuntimeError unless a rank's saved parts of the weights lie where its own do."""
+    if unknown := own.keys() ^ saved.keys():
+        raise RuntimeError(f"this rank of the model and the file differ in {', '.join(sorted(unknown)[:3])}")
+    for name, shard in own.items():
+        wanted = shard.shape, shard.offset, len(shard.entries)
+        found = tuple(saved[name].shape), saved[name].offset, len(saved[name].entries)
+        if wanted != found:
+            raise RuntimeError(
+                f"the file has {found[2]} entries from {found[1]} on of {name} {list(found[0])}, "
+                f"and this rank holds {wanted[2]} from {wanted[1]} on of {list(wanted[0])}"
+            )

@@ -87,7 +87,7 @@ def _scaled(config: TrainConfig, images: int, ranks: int) -> TrainConfig:
 
 def _batches(config: TrainConfig, steps: int, images: int) -> tuple[Batches, str]:
     """Return the first global batches of the configured data, or made-up ones where its shards are not here."""
-    models.check_image_size(models.create(config.model, 10), config.model.name, config.data.image_size)
+    models.create(config, 10)
     section = config.data
     if section.source != "embedded" and not Path(section.source).is_dir():
         draws = np.random.default_rng(config.run.seed)
@@ -107,7 +107,7 @@ def _loader(config: TrainConfig, images: int) -> data.TrainLoader | data.StreamL
 
 def _normalized(batch: data.Batch, section: data.DataConfig) -> np.ndarray:
     assert isinstance(batch.images, torch.Tensor)  # decoded by the loader
-    return data.normalize(batch.images, section.mean, section.std).numpy()
+    return data.normalize(batch.images, section).numpy()
 
 
 def _endless(loader: data.TrainLoader | data.StreamLoader) -> Iterator[data.Batch]:

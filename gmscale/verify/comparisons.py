@@ -104,7 +104,7 @@ def run(world: World, config: TrainConfig, batches: Batches, wanted: Sequence[st
 
     masks: list[Literal["off", "on"]] = ["off", "on"] if config.mask.enabled else ["off"]
     rows = []
-    batch_norm = bool(batch_norms(models.create(config.model, batches.classes)))
+    batch_norm = bool(batch_norms(models.create(config, batches.classes)))
     for name, comparison in comparisons(config, world.size, wanted, batch_norm).items():
         for mask in masks if comparison.on else masks[:1]:
             ways = comparison.way, comparison.reference

@@ -72,7 +72,7 @@ def train(config: TrainConfig, way: Way, batches: Batches, world: World) -> Traj
         parallel=replace(config.parallel, bucket_cap_mb=way.bucket_cap_mb or config.parallel.bucket_cap_mb),
     )
     dtype = torch.float64 if way.float64 else torch.float32
-    bare = models.create(config.model, batches.classes).to(dtype)
+    bare = models.create(config, batches.classes).to(dtype)
     _settle_statistics(bare, torch.from_numpy(batches.images[0]).to(dtype))
     wrapped = parallel.wrap(bare, lambda model: models.optimizer(model, config.optim), config, world)
     mask = _mask(config, way) if way.masked else None

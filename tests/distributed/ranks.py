@@ -1,7 +1,6 @@
 """Real processes over gloo: a function runs on every rank, its results come back, its error too."""
 
 import io
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,20 +9,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gmscale.sites", "timm"])  # torch is imported once, not once a rank
+import warm
 
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, folder: Path, *args: Any, timeout_s: float = 60
 ) -> list:
     """Return [function(rank, *args) of each rank], run in `world_size` processes that share a gloo group."""
+    warm.begin()
     store = folder / f"store-{len(list(folder.iterdir()))}"
     pipes, processes = [], []
     for rank in range(world_size):
-        ours, theirs = _context.Pipe()
-        process = _context.Process(target=_rank, args=(function, rank, world_size, store, theirs, args))
+        ours, theirs = warm.context.Pipe()
+        process = warm.context.Process(target=_rank, args=(function, rank, world_size, store, theirs, args))
         process.start()
         pipes.append(ours)
         processes.append(process)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -18,9 +19,11 @@ import test_torchrun
 import tiny
 from ranks import run_ranks
 from test_torchrun import Job
+from uneven import check_shards, sgd, snapshot, uneven
 
 from gmscale import data, evaluation
 from gmscale.errors import UsageError
+from gmscale.parallel import World, wrap
 
 pytest.importorskip("deepspeed", reason='pip install "gmscale[deepspeed]"')
 
@@ -122,7 +125,7 @@ def test_torchrun_stops_and_goes_on(cache: Path, tmp_path: Path, jobs: list[Job]
     argv = ["train", *tiny.flags(cache, run_dir, **sections)]
     jobs.append(Job(tmp_path / "log-1", *argv))
     jobs[-1].wait_for_step(run_dir, 3)
-    os.kill(jobs[-1].process.pid, signal.SIGTERM)
+    os.kill(jobs[-1].pid, signal.SIGTERM)
     assert jobs[-1].wait(60) != 0
     assert f"stopped on request after step {tiny.checkpoint_steps(run_dir)[-1]} of 15" in jobs[-1].output
     jobs.append(Job(tmp_path / "log-2", *argv))
@@ -130,6 +133,37 @@ def test_torchrun_stops_and_goes_on(cache: Path, tmp_path: Path, jobs: list[Job]
     assert "DeepSpeed" not in jobs[-1].output
     train = [r["step"] for r in tiny.metrics(run_dir) if r["phase"] == "train"]
     assert train == [3, 5, 6, 9, 10, 12, 15]  # every third, and the end of each epoch: each once
+
+
+# -- shards of the weights -----------------------------------------------------------------------------------------
+def shards_of(rank: int, cache: Path, run_dir: Path, frozen: bool) -> dict[str, Any]:
+    """This rank's shards, and whether another model that loads them is the same one."""
+    os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    config = tiny.config(cache, run_dir, parallel={"zero_stage": 3})
+    world = World(rank, rank, 3, torch.device("cpu"), "deepspeed", dist.group.WORLD)
+    torch.manual_seed(0)
+    first, second = (wrap(uneven(frozen), sgd, config, world) for _ in range(2))
+    first.backward(first.model(torch.rand(4, 3, 8, 8)).sum())
+    first.step()
+    shards = first.weight_shards()
+    found = snapshot(first)
+    second.load_weight_shards(shards)
+    found["loaded"] = snapshot(second)["weights"]
+    images = torch.rand(4, 3, 8, 8)
+    found["logits"] = [w.eval_model(images).detach() for w in (first, second)]
+    second.backward(second.model(images).sum())  # the masters are the loaded ones too
+    first.backward(first.model(images).sum())
+    first.step(), second.step()
+    found["next"] = [dict(w.weights()) for w in (first, second)]
+    return found
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_ranks_shards_make_up_the_weights(cache: Path, tmp_path: Path, frozen: bool) -> None:
+    """Weights that three ranks cannot share equally, and with fewer entries than ranks."""
+    found = run_ranks(shards_of, 3, tmp_path, cache, tmp_path, frozen)
+    check_shards(found)
+    assert tiny.different(*found[0]["next"]) == []
 
 
 # -- beside DDP ---------------------------------------------------------------------------------------------------

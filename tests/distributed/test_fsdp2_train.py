@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tiny
 from ranks import run_ranks
+from uneven import check_shards, sgd, snapshot, uneven
 
 from gmscale import data, evaluation
 from gmscale.errors import UsageError
+from gmscale.parallel import World, wrap
 
 pytest.importorskip("torch.distributed.fsdp", reason="torch without FSDP2")
 from gmscale.parallel.fsdp2 import blocks
@@ -65,6 +68,32 @@ def test_three_ranks_resume_bit_for_bit(cache: Path, tmp_path: Path, sections: d
     exact = config.optim.amp == "none"
     assert records[-1]["loss"] == pytest.approx(alone["loss"], rel=1e-6 if exact else 0.01)
     assert records[-1]["top1"] == pytest.approx(alone["top1"], abs=0 if exact else 4)  # bf16 may turn one image
+
+
+# -- shards of the weights -----------------------------------------------------------------------------------------
+def shards_of(rank: int, cache: Path, run_dir: Path) -> dict[str, Any]:
+    """This rank's shards, and whether another model that loads them is the same one."""
+    config = tiny.config(cache, run_dir)
+    world = World(rank, rank, 3, torch.device("cpu"), "fsdp2", dist.group.WORLD)
+    torch.manual_seed(0)
+    first, second = (wrap(uneven(), sgd, config, world) for _ in range(2))
+    first.backward(first.model(torch.rand(4, 3, 8, 8)).sum())  # the root's weights stay gathered
+    first.step()
+    shards = first.weight_shards()
+    found = snapshot(first)
+    second.load_weight_shards(shards)
+    found["loaded"] = snapshot(second)["weights"]
+    images = torch.rand(4, 3, 8, 8)
+    found["logits"] = [w.eval_model(images).detach() for w in (first, second)]
+    broken = dict(shards) | {"1.weight": shards["1.weight"]._replace(offset=1 + rank)}
+    with pytest.raises(RuntimeError, match=f"{1 + rank} on of 1.weight" if rank == 0 else "rank 0 failed"):
+        second.load_weight_shards(broken)
+    return found
+
+
+def test_the_ranks_shards_make_up_the_weights(cache: Path, tmp_path: Path) -> None:
+    """Rows that three ranks cannot share equally, and fewer rows than ranks."""
+    check_shards(run_ranks(shards_of, 3, tmp_path, cache, tmp_path))
 
 
 # -- beside DDP ---------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmscale.data.config import AugmentConfig, DataConfig
+from gmscale.data.config import LUMA, AugmentConfig, DataConfig
 from gmscale.data.images.erasing import Erasure, draw_erasure, erase
 from gmscale.data.images.mixing import Mix, draw_mix, mix_images, mix_labels
 
 if TYPE_CHECKING:
     from gmscale.data.batch import Batch
 
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 
 # Numbers that a CPU works on at a time, so that they stay in its cache from one step to the next.
 _BLOCK = 2**19
@@ -46,11 +46,11 @@ def draw_late(augment: AugmentConfig, image_size: int, seeds: NDArray[np.uint64]
 def to_device(
     batch: "Batch", data: DataConfig, augment: AugmentConfig, classes: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return normalised float32 images [N, 3, S, S] in channels_last memory, and targets, on the device.
+    """Return normalised float32 images [N, C, S, S] in channels_last memory, and targets, on the device.
 
-    Targets are the labels, int64 [N]; of mixed batches float32 [N, classes], the mixed one-hot labels without
-    smoothing. As in timm, mixing comes before normalisation and erasing after it; timm rounds mixed images to
-    bytes, here they stay floats.
+    C is data.channels. Targets are the labels, int64 [N]; of mixed batches float32 [N, classes], the mixed one-hot
+    labels without smoothing. As in timm, mixing comes before normalisation and erasing after it; timm rounds mixed
+    images to bytes, here they stay floats.
     """
     mix, erasure = batch.late or (None, None)
     pixels = _pixels(batch, data, device)
@@ -58,6 +58,7 @@ def to_device(
     if mix is not None:
         mix = Mix(*(part.to(device, non_blocking=True) for part in mix))
         targets = mix_labels(targets, mix, classes)
+    mean, std = data.statistics
     images = torch.empty(pixels.shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
     block = len(images)
     if device.type == "cpu":
@@ -67,36 +68,48 @@ def to_device(
         images[own] = pixels[own]
         if mix is not None:
             mix_images(images[own], Mix(*(part[own] for part in mix)))
-        _normalize(images[own], data.mean, data.std)
+        _normalize(images[own], mean, std)
     if erasure is not None:
         erase(images, erasure, augment.erase_mode)
     return images, targets
 
 
-def normalize(images: Tensor, mean: Channels, std: Channels, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return uint8 `images` [N, 3, H, W] as `dtype` with channels' mean 0 and deviation 1, strides kept."""
-    floats = images.float()
-    _normalize(floats, mean, std)
+def normalize(images: Tensor, data: DataConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return uint8 `images` [N, 3, H, W] as the model takes them: `dtype` [N, data.channels, H, W].
+
+    Channels come to mean 0 and deviation 1; with three of them strides are kept.
+    """
+    floats = (_brightness(images) if data.channels == 1 else images).float()
+    _normalize(floats, *data.statistics)
     return floats.to(dtype)
 
 
 def _pixels(batch: "Batch", data: DataConfig, device: torch.device) -> Tensor:
-    """Return uint8 [N, 3, S, S] on the device."""
+    """Return uint8 [N, data.channels, S, S] on the device."""
     if isinstance(batch.images, Tensor):
-        return batch.images.to(device, non_blocking=True)
-    from gmscale.data.images.gpu import decode_images
+        pixels = batch.images.to(device, non_blocking=True)
+    else:
+        from gmscale.data.images.gpu import decode_images
 
-    return decode_images(batch.images, data.image_size, device)
+        pixels = decode_images(batch.images, data.image_size, device)
+    return _brightness(pixels) if data.channels == 1 else pixels
+
+
+def _brightness(pixels: Tensor) -> Tensor:
+    """Return uint8 [N, 3, H, W] as brightness, uint8 [N, 1, H, W]: bit for bit Pillow's mode L."""
+    red, green, blue = pixels.int().unbind(1)
+    luma = (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + 2**15) >> 16
+    return luma.to(torch.uint8)[:, None]
 
 
 def _normalize(images: Tensor, mean: Channels, std: Channels) -> None:
-    width = images.shape[3]
+    channels, width = images.shape[1], images.shape[3]
     offset, scale = _constants(mean, std, width, images.device)
     if images.is_contiguous(memory_format=torch.channels_last):
         # Whole rows: a CPU takes several times as long to repeat three numbers along a pixel.
-        images.permute(0, 2, 3, 1).view(*images.shape[:1], -1, 3 * width).sub_(offset).mul_(scale)
+        images.permute(0, 2, 3, 1).view(*images.shape[:1], -1, channels * width).sub_(offset).mul_(scale)
     else:
-        images.sub_(offset[:3, None, None]).mul_(scale[:3, None, None])
+        images.sub_(offset[:channels, None, None]).mul_(scale[:channels, None, None])
 
 
 @lru_cache

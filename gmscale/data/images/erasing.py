@@ -48,7 +48,7 @@ def draw_erasure(augment: AugmentConfig, image_size: int, seeds: NDArray[np.uint
 
 
 def erase(images: Tensor, erasure: Erasure, mode: Literal["const", "rand", "pixel"]) -> None:
-    """Fill the rectangles of normalised float images [N, 3, S, S] in channels_last memory, in place.
+    """Fill the rectangles of normalised float images [N, C, S, S] in channels_last memory, in place.
 
     They become 0, the mean colour, with `const`; one normal colour each with `rand`; normal noise with `pixel`.
     `erasure` is on the CPU: all sizes are taken from there, so that a GPU does not have to be waited for.
@@ -106,11 +106,12 @@ def _fill(images: Tensor, rectangles: Tensor, pixels: int, mode: Literal["const"
     row = number_inside.div(across, rounding_mode="floor")
     corner = (image * size + top) * size + left
     place = corner[owner] + row * (size - across) + number_inside
-    target = images.permute(0, 2, 3, 1).view(-1, 3)
+    channels = images.shape[1]
+    target = images.permute(0, 2, 3, 1).view(-1, channels)
     if mode == "const":
         target[place] = 0.0
     elif mode == "rand":
-        target[place] = normals(key)[owner]
+        target[place] = normals(key)[owner, :channels]
     else:
         # SplitMix64's own step from one number to the next.
-        target[place] = normals(key[owner] + number_inside * -0x61C8864680B583EB)
+        target[place] = normals(key[owner] + number_inside * -0x61C8864680B583EB)[:, :channels]

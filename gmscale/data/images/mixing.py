@@ -69,11 +69,12 @@ def draw_mix(augment: AugmentConfig, image_size: int, seeds: NDArray[np.uint64])
 
 
 def mix_images(images: Tensor, mix: Mix) -> None:
-    """Mix float images [N, 3, S, S] in channels_last memory with their neighbours, in place."""
+    """Mix float images [N, C, S, S] in channels_last memory with their neighbours, in place."""
+    channels = images.shape[1]
     own, other = images[0::2], images[1::2]
     difference = _rows(other) - _rows(own)
-    _rows(own).addcmul_(difference, _shares(mix, 0))
-    _rows(other).addcmul_(difference, _shares(mix, 1), value=-1)
+    _rows(own).addcmul_(difference, _shares(mix, 0, channels))
+    _rows(other).addcmul_(difference, _shares(mix, 1, channels), value=-1)
 
 
 def mix_labels(labels: Tensor, mix: Mix, classes: int) -> Tensor:
@@ -107,12 +108,12 @@ def _rectangle(augment: AugmentConfig, size: int, random: np.random.RandomState)
 
 
 def _rows(images: Tensor) -> Tensor:
-    """View [n, 3, H, W] in channels_last memory as rows [n, H, 3 W], which a CPU works through fastest."""
+    """View [n, C, H, W] in channels_last memory as rows [n, H, C W], which a CPU works through fastest."""
     n, channels, height, width = images.shape
     return images.permute(0, 2, 3, 1).view(n, height, width * channels)
 
 
-def _shares(mix: Mix, parity: int) -> Tensor:
-    """Return what every second image, from the one at `parity` on, takes of its neighbour: [N / 2, S, 3 S]."""
-    across = mix.across[parity::2].repeat_interleave(3, dim=1)
+def _shares(mix: Mix, parity: int, channels: int) -> Tensor:
+    """Return what every second image, from that at `parity` on, takes of its neighbour: [N / 2, S, C S]."""
+    across = mix.across[parity::2].repeat_interleave(channels, dim=1)
     return mix.down[parity::2, :, None] * across[:, None, :]

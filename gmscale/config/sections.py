@@ -1,24 +1,15 @@
-"""The configuration of a run: frozen dataclasses, strict parsing, back to YAML.
-
-Flags beat later files, later files beat earlier ones, files beat defaults. An unknown key is an error in every
-source, and says which one was meant.
-"""
+"""The sections of a run's configuration: frozen dataclasses whose field texts are the command line's --help."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Self
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gmscale.data import AugmentConfig, DataConfig
-from gmscale.errors import UsageError, check_keys, check_range, nearest
+from gmscale.errors import UsageError, check_range
 from gmscale.masking import GradientMask
 from gmscale.masking.mask import Operator
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Amp = Literal["none", "bf16", "fp16"]
 
@@ -42,13 +33,26 @@ class RunConfig:
     save_every_steps: int = 0
     """Steps between two checkpoints; 0 saves at every evaluation."""
     keep_checkpoints: int = 2
-    """Checkpoints kept; older ones are removed after a new one is complete."""
+    """Newest checkpoints kept; older ones are removed after a new one is complete."""
+    keep_best: int = 1
+    """Checkpoints of the best validation top1 kept besides; each new best is saved at once. 0 is off."""
+    background_save: bool = True
+    """Write checkpoints while training goes on; a copy in memory is all that a step waits for."""
     probe_every: int = 0
     """Steps between two probes of gradient quality, each of two steps; 0 is off."""
+    max_nonfinite: int = 20
+    """Steps in a row without a finite gradient after which the run ends; each is skipped and counted."""
+    wandb_project: str = ""
+    """Log to this project of Weights & Biases too (pip install wandb; WANDB_MODE=offline needs no network)."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step that torch's profiler traces, such as '[20, 22]', into dir/profile."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest checkpoint in dir; never refuses a directory that holds a run."""
     deterministic: bool = True
-    """Ask torch for deterministic algorithms (a warning where an operation has none)."""
+    """Ask torch for deterministic algorithms (a warning where an operation has none); off lets cuDNN try which of
+    its algorithms is fastest."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision: high and medium let GPUs use TF32 or bfloat16 inside float32 products."""
 
     def __post_init__(self) -> None:
         check_range(self.seed, "run.seed", 0, 10**9)
@@ -57,6 +61,12 @@ class RunConfig:
         check_range(self.eval_every_epochs, "run.eval_every_epochs", 0, open_low=True)
         check_range(self.save_every_steps, "run.save_every_steps", 0)
         check_range(self.keep_checkpoints, "run.keep_checkpoints", 1)
+        check_range(self.keep_best, "run.keep_best", 0)
+        check_range(self.max_nonfinite, "run.max_nonfinite", 1)
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            check_range(first, "run.profile_steps[0]", 1)
+            check_range(last, "run.profile_steps[1]", first)
         if self.probe_every != 0:
             check_range(self.probe_every, "run.probe_every", 2)
         if not self.dir:
@@ -72,7 +82,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights (needs the hub)."""
     checkpoint: str = ""
-    """Start from this safetensors file, in timm's key names."""
+    """Start from these weights: a .safetensors, .pth, .pt or .bin file in timm's key names (no code in it is run),
+    a run directory (its best checkpoint), or a checkpoint."""
     drop_rate: float = 0.0
     """Dropout before the classifier."""
     drop_path_rate: float = 0.0
@@ -83,13 +94,43 @@ class ModelConfig:
     """Recompute activations in the backward pass instead of keeping them (timm's blocks)."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, which is evaluated too; 0 is off."""
+    ema_warmup: bool = False
+    """Let the average's decay rise from 0 over the first steps (timm's ema warm-up)."""
+    compile: str = ""
+    """Backend of torch.compile (inductor; eager and aot_eager find faults); empty is off."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """inductor: what torch.compile optimises for."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of timm.create_model."""
+    """Further keyword arguments of timm.create_model; img_size is set to data.image_size where a model takes it."""
 
     def __post_init__(self) -> None:
         check_range(self.drop_rate, "model.drop_rate", 0, 1)
         check_range(self.drop_path_rate, "model.drop_path_rate", 0, 1)
         check_range(self.ema_decay, "model.ema_decay", 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What of the starting weights is kept, and which of them train."""
+
+    weights: Literal["auto", "model", "ema"] = "auto"
+    """Which weights of a run to start from: its averaged ones if it has any (auto), the plain, or the averaged."""
+    reset_head: bool = False
+    """Start with a fresh classifier even where the number of classes is the same (otherwise only where not)."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns (fnmatch) of modules or parameters that do not train, such as '[stem, blocks.[0-5]]'; modules that
+    are frozen whole also keep their normalisation statistics, and no dropout."""
+    linear_probe: bool = False
+    """Freeze everything but the classifier."""
+    unfreeze_epoch: float = 0.0
+    """Epoch from which on everything trains (back-ends single and ddp); 0 keeps frozen what is frozen."""
+
+    def __post_init__(self) -> None:
+        check_range(self.unfreeze_epoch, "finetune.unfreeze_epoch", 0)
+        if self.linear_probe and self.freeze:
+            raise UsageError("finetune.linear_probe freezes all but the classifier; finetune.freeze must be empty")
+        if self.unfreeze_epoch > 0 and not (self.freeze or self.linear_probe):
+            raise UsageError("finetune.unfreeze_epoch is set, but nothing is frozen; set freeze or linear_probe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,23 +140,46 @@ class OptimConfig:
     opt: str = "sgd"
     """Any optimizer of timm's factory (its sgd is Nesterov; its momentum is plain SGD)."""
     lr: float = 0.1
-    """Peak learning rate, for the global batch size that the run uses."""
+    """Peak learning rate, for the global batch of lr_batch_size images."""
+    lr_batch_size: int = 0
+    """Global batch size that lr is meant for: a run with another one scales it. 0 takes lr as it is."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How lr follows the global batch: in proportion (usual for SGD), or by its square root (for Adam's kin)."""
     momentum: float = 0.9
     """Momentum, for optimizers that have it."""
     weight_decay: float = 5e-4
-    """Weight decay; not applied to biases and normalisation parameters."""
+    """Weight decay; not applied to biases, normalisation parameters and what the model itself excludes."""
+    no_weight_decay: list[str] = field(default_factory=list)
+    """Patterns (fnmatch) of further parameters without weight decay."""
+    layer_decay: float = 0.0
+    """Factor by which the learning rate falls from each layer to the one before it (0.65 to 0.9 for fine-tuning
+    vision transformers); 0 is off."""
     opt_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the optimizer."""
     sched: str = "cosine"
-    """Schedule of timm's factory (cosine, step, multistep, poly, tanh), updated every step; none is constant."""
+    """Schedule of timm's factory: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau; or none."""
+    sched_on: Literal["step", "epoch"] = "step"
+    """When the learning rate changes: before every step, or every epoch. plateau follows the evaluations, of
+    each epoch the first at or after its end."""
+    sched_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's schedule factory, such as '{decay_milestones: [30, 60], decay_rate: 0.1}'.
+    The cycles of cosine, tanh and poly (cycle_limit) together last run.epochs."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up."""
     warmup_lr: float = 1e-5
     """Learning rate at the start of warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
+    cooldown_epochs: float = 0.0
+    """Epochs at the end of training, after the schedule's."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Cross-entropy, or binary cross-entropy of each class."""
+    bce_threshold: float | None = None
+    """bce: targets above it count as 1, others as 0 (with mixed labels usually 0.2); unset leaves them alone."""
+    bce_sum: bool = False
+    """bce: sum over classes instead of their mean."""
     label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy."""
+    """Share of each target that is spread evenly over the classes."""
     grad_accum_steps: int = 1
     """Micro-batches in an optimizer step."""
     clip_grad: float = 0.0
@@ -127,12 +191,27 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_range(self.lr, "optim.lr", 0, open_low=True)
+        check_range(self.lr_batch_size, "optim.lr_batch_size", 0)
         check_range(self.momentum, "optim.momentum", 0, 1)
         check_range(self.weight_decay, "optim.weight_decay", 0)
+        check_range(self.layer_decay, "optim.layer_decay", 0, 1)
         check_range(self.warmup_epochs, "optim.warmup_epochs", 0)
+        check_range(self.cooldown_epochs, "optim.cooldown_epochs", 0)
+        if self.bce_threshold is not None:
+            check_range(self.bce_threshold, "optim.bce_threshold", 0, 1)
+        for name, given in (("bce_threshold", self.bce_threshold is not None), ("bce_sum", self.bce_sum)):
+            if given and self.loss != "bce":
+                raise UsageError(f"optim.{name} is set, but optim.loss {self.loss} does not use it; take loss bce")
         check_range(self.label_smoothing, "optim.label_smoothing", 0, 1)
         check_range(self.grad_accum_steps, "optim.grad_accum_steps", 1)
         check_range(self.clip_grad, "optim.clip_grad", 0)
+
+    def for_batch(self, global_batch_size: int) -> Self:
+        """Return these settings with the learning rate for a global batch of so many images."""
+        if self.lr_batch_size == 0:
+            return self
+        ratio = global_batch_size / self.lr_batch_size
+        return replace(self, lr=self.lr * (ratio if self.lr_scaling == "linear" else ratio**0.5), lr_batch_size=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +277,11 @@ class ParallelConfig:
     """Promise DDP that the graph never changes."""
     find_unused_parameters: bool = False
     """Let DDP look for parameters that a forward pass does not use."""
+    batch_norm: Literal["broadcast", "reduce", "sync"] = "broadcast"
+    """Statistics of batch normalisation over ranks: rank 0's for all (broadcast), each rank its own, averaged at
+    every evaluation (reduce), or those of the whole global batch (sync, GPUs only)."""
+    sharded_checkpoints: bool = False
+    """deepspeed stage 3 and fsdp2: each rank saves its own part of the weights; `gmscale export` makes one file."""
 
     def __post_init__(self) -> None:
         check_range(self.timeout_s, "parallel.timeout_s", 0, open_low=True)
@@ -211,6 +295,7 @@ class TrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -233,80 +318,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """Return the resolved configuration, readable by `--config` again."""
-        return yaml.dump(_plain(asdict(self)), Dumper=_Dumper, sort_keys=False)
-
-
-# What may differ between a run and its resumption; everything else decides the result and must be the same.
-MAY_CHANGE_ON_RESUME = {
-    "run": {"dir", "arm", "log_every", "eval_every_epochs", "save_every_steps", "keep_checkpoints", "resume"},
-    "data": {
-        "source",
-        "cache_dir",
-        "cache_gb",
-        "workers",
-        "eval_batch_size_per_device",
-        "allow_pipe",
-        "max_bad_share",
-    },
-    "parallel": {"timeout_s", "threads"},
-}
-
-
-def build_parser(prog: str) -> ArgumentParser:
-    """Return the command-line parser whose namespace `parse` turns into a TrainConfig."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of any of the fields below; may be repeated.")
-    for section, cls in _sections().items():
-        parser.add_class_arguments(cls, section)
-    return parser
-
-
-def parse(argv: Sequence[str], prog: str = "gmscale train", parser: ArgumentParser | None = None) -> Any:
-    """Parse a command line; return (TrainConfig, namespace with any further arguments of `parser`).
-
-    Raises UsageError, in one line, for whatever is wrong with a flag or a file.
-    """
-    parser = parser or build_parser(prog)
-    _check_files(argv)
-    try:
-        namespace = parser.parse_args(list(argv))
-        sections = parser.instantiate(namespace)
-    except (ArgumentError, TypeError) as error:
-        raise _explained(str(error), parser) from None
-    return TrainConfig(**{name: sections[name] for name in _sections()}), namespace
-
-
-def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Return the TrainConfig of a nested mapping such as a loaded config.yaml; strict like `parse`."""
-    _check_mapping(values, "the configuration")
-    parser = build_parser("gmscale")
-    try:
-        sections = parser.instantiate(parser.parse_object(_plain(dict(values))))
-    except (ArgumentError, TypeError) as error:
-        raise _explained(str(error), parser) from None
-    return TrainConfig(**{name: sections[name] for name in _sections()})
-
-
-def load(path: Path) -> TrainConfig:
-    """Return the TrainConfig of a YAML file."""
-    return parse(["--config", str(path)])[0]
-
-
-def changed_on_resume(saved: Mapping[str, Any], now: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Return (field, saved value, value now) of what differs although a resumed run must keep it."""
-    current = _plain(asdict(now))
-    changes = []
-    for section, values in current.items():
-        for name, value in values.items():
-            before = saved.get(section, {}).get(name)
-            if name not in MAY_CHANGE_ON_RESUME.get(section, ()) and before != value:
-                changes.append((f"{section}.{name}", before, value))
-    return changes
-
-
-def _sections() -> dict[str, type]:
-    hints = get_type_hints(TrainConfig)
-    return {f.name: hints[f.name] for f in fields(TrainConfig)}
+        return yaml.dump(plain(asdict(self)), Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -318,75 +330,8 @@ _Dumper.add_implicit_resolver(
 )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return nested tuples as lists, for YAML and JSON."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def _check_files(argv: Sequence[str]) -> None:
-    for i, argument in enumerate(argv):
-        if argument == "--config" and i + 1 < len(argv):
-            _check_file(Path(argv[i + 1]))
-        elif argument.startswith("--config="):
-            _check_file(Path(argument.removeprefix("--config=")))
-
-
-def _check_file(path: Path) -> None:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        siblings = [str(path.parent / p.name) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UsageError(f"--config {path}: {error.strerror}{nearest(str(path), siblings)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    _check_mapping(values, str(path))
-
-
-def _check_mapping(values: Any, where: str) -> None:
-    if not isinstance(values, Mapping):
-        held = "nothing" if values is None else f"a {type(values).__name__}"
-        raise UsageError(f"{where} holds {held}; expected sections {', '.join(_sections())}")
-    check_keys(values, _sections(), where)
-    for name, cls in _sections().items():
-        if name not in values:
-            continue
-        section = values[name]
-        if not isinstance(section, Mapping):
-            raise UsageError(f"{where}: section {name} holds {section!r}; expected fields of {name}")
-        check_keys(section, [f.name for f in fields(cls)], f"{where}: section {name}")
-
-
-def _explained(message: str, parser: ArgumentParser) -> UsageError:
-    """Turn a parser's message into one line with the nearest valid choice."""
-    line = " ".join(message.split())
-    if found := re.match(r"unrecognized arguments: (\S+)", line):
-        flag = found[1].split("=")[0]
-        if not flag.startswith("-"):
-            return UsageError(f"unexpected argument {flag!r} (see --help)")
-        known = [s for action in parser._actions for s in action.option_strings]
-        return UsageError(f"unknown flag {flag}{nearest(flag, known)} (see --help)")
-    if found := re.match(r'Parser key "([^"]+)": Expected a (.+)\. Got value: (.*)$', line):
-        key, expected, value = found.groups()
-        if choices := re.match(r"typing\.Literal\[(.*)\]", expected):
-            options = [c.strip(" '\"") for c in choices[1].split(",")]
-            return UsageError(f"{key} is {value!r}; expected one of {', '.join(options)}{nearest(value, options)}")
-        wanted = _WANTED.get(expected, expected)
-        return UsageError(f"{key} is {value!r}; expected {wanted}")
-    if found := re.match(r'Parser key "([^"]+)": .*Expected a (\S+ \S+) - .*NoneType.*Given value: (.*)$', line):
-        key, expected, value = found.groups()
-        return UsageError(f"{key} is {value!r}; expected {_WANTED.get(expected, expected)} or null")
-    if found := re.match(r"Group '(\w+)' does not accept option '([^']+)'", line):
-        check_keys([found[2]], [f.name for f in fields(_sections()[found[1]])], f"section {found[1]}")
-    return UsageError(line)
-
-
-_WANTED = {
-    "<class 'str'>": "text (in quotes, if it looks like a number)",
-    "<class 'float'>": "a number",
-    "<class 'int'>": "a whole number",
-    "<class 'bool'>": "true or false",
-    "<class 'tuple'>": "a list such as '[a, b]'",
-    "<class 'dict'>": "a mapping such as '{key: value}'",
-}
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
