@@ -406,3 +406,21 @@ def test_irregular_jpegs_are_shown_like_regular_ones_unless_strict(decode: Decod
 def test_a_policy_that_timm_reads_and_cannot_carry_out_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"augment\.auto_augment 'augmix-m5-w4-d0-a0': alpha"):
         train_transform(DataConfig(image_size=32), AugmentConfig(auto_augment="augmix-m5-w4-d0-a0"))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1-n30", "augmix-m10-w8-d8", "v0r", "original", "3a"])
+def test_the_strongest_posterize_does_not_end_the_training(policy: str) -> None:
+    """Pillow 13 refuses to keep 0 bits, which timm asks for at the highest levels."""
+    views = Augmentation(DataConfig(image_size=16), AugmentConfig(auto_augment=policy))
+    image = Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8))
+    for seed in range(60):
+        random.seed(seed)
+        np.random.seed(seed)
+        assert views.change(image).size == image.size
+    operations = [
+        o for c in views.changes for e in getattr(c, "ops", getattr(c, "policy", [])) for o in np.ravel(e)
+    ]
+    for operation in operations:
+        if "Posterize" in operation.name:
+            assert not np.asarray(operation.aug_fn(image, 0)).any()
+            assert np.asarray(operation.aug_fn(image, 1)).max() == 128

@@ -6,13 +6,13 @@ does them with Pillow, or faster and almost so.
 
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip
 
@@ -89,6 +89,8 @@ class Augmentation:
             for transform in transforms[1:-1]
             if not isinstance(transform, RandomHorizontalFlip | RandomVerticalFlip)
         ]
+        for change in self.changes:
+            _let_posterize_keep_no_bits(change)
         try:
             with random_states_kept():
                 self.change(Image.new("RGB", (data.image_size, data.image_size)))
@@ -110,6 +112,20 @@ class Augmentation:
         for change in self.changes:
             image = change(image)
         return image
+
+
+def _let_posterize_keep_no_bits(policy: Any) -> None:
+    """Let a policy's strongest posterize make an image black, as Pillow did before version 13 refused it."""
+    found = getattr(policy, "ops", None) or getattr(policy, "policy", ())
+    for operation in (op for entry in found for op in (entry if isinstance(entry, list) else [entry])):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **settings: Any) -> Image.Image:
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **settings)
 
 
 def check_interpolation(data: DataConfig, augment: AugmentConfig) -> None:
