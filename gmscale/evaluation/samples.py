@@ -30,9 +30,7 @@ def write_samples(
         position += len(labels)
         if not chosen:
             continue
-        confidence, predicted = (
-            model(normalize(images[chosen].to(device), config)).float().softmax(1).max(1)
-        )
+        confidence, predicted = model(normalize(images[chosen].to(device), config)).float().softmax(1).max(1)
         for i, p, c in zip(chosen, predicted.tolist(), confidence.tolist(), strict=True):
             file = f"{len(records):03d}.png"
             Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(directory / file)

@@ -5,6 +5,7 @@ import resource
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -88,5 +89,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """Return the peak memory of this process in MiB: allocated on the GPU, or resident on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "linux":  # where getrusage would count what the launcher had before it started this process
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024  # bytes or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import resource
 import runpy
 import signal
 import sys
@@ -79,16 +78,12 @@ def _started() -> float:
 
 
 def _peak_memory_mb() -> float:
-    """Return the peak memory of this process in MiB: allocated on the GPU, or resident."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "linux":  # where getrusage would count what the parent had before the start
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    from gmscale.parallel import peak_memory_mb  # only now: it takes time that the other loops need not spend
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return peak_memory_mb(device)
 
 
 def _die_with_parent() -> None:

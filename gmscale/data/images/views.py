@@ -116,7 +116,7 @@ class Augmentation:
 
 def _let_posterize_keep_no_bits(policy: Any) -> None:
     """Let a policy's strongest posterize make an image black, as Pillow did before version 13 refused it."""
-    found = getattr(policy, "ops", None) or getattr(policy, "policy", ())
+    found: list[Any] = getattr(policy, "ops", None) or getattr(policy, "policy", [])
     for operation in (op for entry in found for op in (entry if isinstance(entry, list) else [entry])):
         if operation.aug_fn is auto_augment.posterize:
             operation.aug_fn = _posterize
