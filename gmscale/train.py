@@ -21,6 +21,7 @@ from gmscale.build import Training
 from gmscale.checkpoint import Saver
 from gmscale.config import TrainConfig
 from gmscale.data import Batch, FaultLog
+from gmscale.errors import RunError
 from gmscale.files import write_atomically
 from gmscale.parallel import StopRequest, World
 from gmscale.profiling import StepProfiler
@@ -145,7 +146,9 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 state.skips.add(state.wrapped.nonfinite_gradients(), state.wrapped.nonfinite_buffers())
                 if tracker:
                     tracker.log("skipped", step + 1, {"in_a_row": state.skips.in_a_row, "cause": state.skips.last})
-                state.skips.check(config.run.max_nonfinite, step + 1, run_dir)
+                if state.skips.too_many(config.run.max_nonfinite):
+                    saver.settle()  # what was saved before is good
+                    raise state.skips.error(step + 1, run_dir)
             else:
                 state.skips.end_row()
                 if state.ema is not None:
@@ -158,7 +161,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 values["grad_norm"] = float(stepped.grad_norm)
                 values |= records.mask_values(reports, values["step_ms"])
                 values["skipped_steps"] = state.skips.total
-                values["bad_samples"] = _bad_samples(faults, world)
+                values["bad_samples"] = _bad_samples(faults, world, saver)
                 values["memory_mb"] = parallel.peak_memory_mb(world.device)
                 if tracker:
                     tracker.log("train", step + 1, values)
@@ -186,7 +189,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 if tracker:
                     rundir.write_touched(run_dir, state.attachments)
                 say(f"everything trains from step {step + 2} on")
-            is_best = top1 is not None and config.run.keep_best > 0 and top1 > state.best_top1
+            is_best = top1 is not None and saver.is_best(top1)
             state.best_top1 = max(state.best_top1, top1 or 0.0)
             if last or (step + 1) % save_every == 0 or is_best:
                 with clock.paused():
@@ -219,10 +222,14 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     return Outcome(summary)
 
 
-def _bad_samples(faults: FaultLog, world: World) -> int:
+def _bad_samples(faults: FaultLog, world: World, saver: Saver) -> int:
     """Return the bad samples of the epoch so far over all ranks. Too many are a RunError on every rank."""
     found = int(parallel.sum_over_ranks(torch.tensor([faults.found], dtype=torch.float64), world))
-    faults.check(found)
+    try:
+        faults.check(found)
+    except RunError:
+        saver.settle()
+        raise
     return len(faults.known) + found
 
 

@@ -140,10 +140,12 @@ class Skips:
         """Say that a step had finite gradients."""
         self.in_a_row = 0
 
-    def check(self, most: int, step: int, run_dir: Path) -> None:
-        """Raise RunError after `most` skipped steps in a row, or one that left a buffer that is not finite."""
-        if self.in_a_row < most and not self.broken:
-            return
+    def too_many(self, most: int) -> bool:
+        """Return whether the run has to end: after `most` in a row, or one that left a buffer not finite."""
+        return self.in_a_row >= most or bool(self.broken)
+
+    def error(self, step: int, run_dir: Path) -> RunError:
+        """Return what to end the run with after `step` steps."""
         good = checkpoint.latest(run_dir)
         found = f"the gradients of {self.in_a_row} steps in a row, up to step {step}, were not finite ({self.last})"
         if self.broken:
@@ -151,7 +153,7 @@ class Skips:
                 f"step {step} left {self.broken[0]} not finite ({len(self.broken)} buffers in all): an image or an "
                 f"activation was not, and skipping the step does not mend its statistics"
             )
-        raise RunError(
+        return RunError(
             f"{found}; lower optim.lr or set optim.clip_grad; "
             + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
         )

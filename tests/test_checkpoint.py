@@ -198,3 +198,19 @@ def test_plain_timm_reads_the_weights(finished_run: Path, name: str) -> None:
     path = newest / f"{name}.safetensors"
     model = timm.create_model("test_byobnet", num_classes=10, checkpoint_path=str(path))
     assert tiny.different(load_file(path), model.state_dict()) == []
+
+
+def test_tensors_keep_their_order_in_memory(tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 4, 5)
+    tree = {
+        "last": images.to(memory_format=torch.channels_last),
+        "turned": torch.randn(3, 4).t(),
+        "sliced": images[:, 1],  # with gaps: only its values count
+        "empty": torch.empty(0, 3).t(),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack(tree, tensors)
+    found = unpack(json.loads(json.dumps(packed)), {name: t.contiguous() for name, t in tensors.items()})
+    assert all(torch.equal(found[name], tree[name]) for name in tree)
+    assert [found[name].stride() for name in ("last", "turned")] == [tree["last"].stride(), (1, 4)]
+    assert found["sliced"].is_contiguous()

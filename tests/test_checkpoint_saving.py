@@ -9,16 +9,19 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import small_checkpoints as small
 import tiny
 import torch
 
-from gmscale import checkpoint
+from gmscale import checkpoint, losses
+from gmscale import step as one_step
 from gmscale.checkpoint import saving
 from gmscale.checkpoint.tensors import TensorFile
 from gmscale.checkpoint.writing import Task
+from gmscale.errors import RunError
 
 both_ways = pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 
@@ -62,6 +65,40 @@ def test_training_goes_on_and_may_change_everything_that_is_being_saved(
     assert path is not None
     assert small.load(path) == {2.0}
     assert checkpoint.optimizer_state(path)["param_groups"][0]["lr"] == 0.1
+
+
+def test_a_run_that_ends_with_an_error_completes_what_it_had_handed_over(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    config = tiny.config(cache, tmp_path, run={"save_every_steps": 1, "max_nonfinite": 1}, mask={"enabled": False})
+
+    def poison() -> None:
+        monkeypatch.setattr(losses, "training_loss", lambda logits, *_: logits.sum() * float("nan"))
+
+    monkeypatch.setattr(one_step, "training_loss", lambda *arguments: losses.training_loss(*arguments))
+    tiny.after_step(1, poison, monkeypatch)
+    with pytest.raises(RunError, match=r"last good checkpoint is .*step-00000001"):
+        tiny.train(config)
+    assert tiny.checkpoint_steps(tmp_path) == [1]
+
+
+def test_a_best_that_could_not_be_saved_is_not_the_one_to_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    saver = small.saver(tmp_path, said, keep_best=1)
+    assert saver.is_best(0.0)
+    saver.save(1, small.contents(), 50.0)
+    assert (saver.is_best(50.0), saver.is_best(50.1)) == (False, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_tensors", Mock(side_effect=OSError(28, "No space left on device")))
+        saver.save(2, small.contents(), 60.0)
+        saver.settle()
+    assert len(said) == 1
+    assert saver.is_best(55.0)
+    saver.save(3, small.contents(), 55.0)
+    assert not small.saver(tmp_path, keep_best=1).is_best(55.0)  # also after a resume
+    assert not small.saver(tmp_path, keep_best=0).is_best(100.0)
 
 
 def test_a_checkpoint_gets_its_name_only_when_no_rank_is_writing(tmp_path: Path, gate: threading.Event) -> None:

@@ -73,6 +73,12 @@ def test_without_a_source_nothing_is_loaded() -> None:
     assert models.start_from(nn.Linear(1, 1), config(), None) is None
 
 
+@pytest.mark.parametrize(("field", "value"), [("weights", "ema"), ("reset_head", True)])
+def test_settings_of_starting_weights_without_any_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"finetune.{field} is .* model.checkpoint"):
+        models.start_from(nn.Linear(1, 1), config(finetune={field: value}), None)
+
+
 def test_a_file_of_the_same_model_is_loaded_whole(tmp_path: Path) -> None:
     file, weights = source(tmp_path, config())
     model, loaded = start(config(), file)

@@ -397,6 +397,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "optim": {"opt": "adamw", "lr": 0.002, "warmup_epochs": 0.5, "clip_grad": 1.0},
         "mask": {"operator": "random", "strength": 1.0, "warmup": 0.2, "end": 0.9},
     },
+    # its update depends on norms over its state, which are rounded in the order of the memory
+    "lamb-channels-last": {"optim": {"opt": "lamb", "lr": 0.01}, "model": {"channels_last": True}},
     "accumulation-bf16": {
         "run": {"epochs": 2, "log_every": 2},
         "optim": {"grad_accum_steps": 3, "amp": "bf16", "sched": "poly"},

@@ -1,5 +1,6 @@
 """Which checkpoints of a run are kept, and how the others go."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,6 +28,12 @@ def remove_old(run_dir: Path, keep: int, keep_best: int) -> None:
         if place not in wanted:
             with suppress(OSError):  # it only costs space, and is tried again after the next checkpoint
                 remove(path)
+
+
+def best_top1(run_dir: Path) -> float:
+    """Return the best validation top1 among the checkpoints of a run; minus infinity where there is none."""
+    scores = (_top1(path) for path in checkpoints(run_dir))
+    return max((score for score in scores if score is not None), default=-math.inf)
 
 
 def remove(path: Path) -> None:

@@ -6,6 +6,7 @@ it. A stage is work beside the main thread; between two steps the ranks find out
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Literal
 from gmscale import parallel
 from gmscale.checkpoint.contents import Contents, Pages, pages
 from gmscale.checkpoint.layout import FORMAT, latest, rank_name
-from gmscale.checkpoint.retention import remove, remove_old, sweep
+from gmscale.checkpoint.retention import best_top1, remove, remove_old, sweep
 from gmscale.checkpoint.shards import shard_name, whole_weights
 from gmscale.checkpoint.tensors import write_tensors
 from gmscale.checkpoint.writing import Copies, Task
@@ -36,6 +37,8 @@ class _Draft:
     """The text of state.json."""
     of_all_ranks: tuple[str, ...]
     """Names of the files that each rank writes, on all of them."""
+    top1: float
+    """What an evaluation has just found; minus infinity if there was none."""
 
     @property
     def temporary(self) -> Path:
@@ -72,6 +75,7 @@ class Saver:
         """The newest step that was handed to `save` and has not failed."""
         if world.is_main:
             sweep(run_dir)
+        self._best: float = parallel.of_all_ranks(best_top1(run_dir) if world.is_main else -math.inf, world)[0]
 
     @property
     def progress(self) -> tuple[bool, bool]:
@@ -80,6 +84,12 @@ class Saver:
             return False, False
         running = self._task.running  # asked first: work that has ended has left its error
         return running, self._task.error is not None
+
+    def is_best(self, top1: float) -> bool:
+        """Return whether a checkpoint with this validation top1 would be the best of those saved."""
+        if self._keep_best == 0:
+            return False
+        return top1 > (self._best if self._draft is None else max(self._best, self._draft.top1))
 
     def save(self, step: int, contents: Contents, top1: float | None) -> None:
         """Copy `contents`, of `step` steps done, and begin to write them; `top1` if it was just measured.
@@ -102,6 +112,11 @@ class Saver:
     def advance(self, working: int, failed: int) -> None:
         """Begin the next stage, if no rank is at work any more; `progress` counted over the ranks."""
         self._turn(working, failed)
+        self._tell()
+
+    def settle(self) -> None:
+        """Wait until what was handed over is saved or given up, before a run ends with an error of its own."""
+        self._settle()
         self._tell()
 
     def finish(self, *, whole: bool = False) -> None:
@@ -132,7 +147,7 @@ class Saver:
         names = [rank_name(rank) for rank in range(size)]
         names += [shard_name(rank, size) for rank in range(size)] if sharded else []
         final = self._run_dir / "checkpoints" / f"step-{step:08d}"
-        return _Draft(final, json.dumps(state, indent=1), tuple(names))
+        return _Draft(final, json.dumps(state, indent=1), tuple(names), -math.inf if top1 is None else top1)
 
     def _settle(self) -> None:
         """Wait until nothing is under way on any rank, also for longer than a collective may take."""
@@ -154,7 +169,9 @@ class Saver:
         elif self._stage == "write":
             self._start("commit", self._commit if self._world.is_main else _nothing)
         else:
-            self._committed = self.step
+            if self._stage == "commit":
+                assert self._draft is not None
+                self._committed, self._best = self.step, max(self._best, self._draft.top1)
             self._task = self._draft = None
 
     def _start(self, stage: Stage, work: Callable[[], None]) -> None:
@@ -190,7 +207,7 @@ class Saver:
                 raise error
             newest = latest(self._run_dir)
         own = "" if error is None else str(error) or type(error).__name__
-        errors = parallel.gather_over_ranks(own, self._world)
+        errors = parallel.of_all_ranks(own, self._world)
         rank = next(rank for rank, said in enumerate(errors) if said)
         said = f"rank {rank}: {errors[rank]}" if self._world.size > 1 else errors[rank]
         if self._stage == "join shards":

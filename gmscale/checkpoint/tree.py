@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _TENSOR = "__tensor__"
+_STRIDE = "__stride__"  # of channels_last ones: a norm over them is rounded in the order of their memory
 _DTYPE = "__dtype__"  # of a momentum kept in bfloat16, say
 _INT_KEY = "__key__"  # JSON object keys are strings; the optimizer's are integers
 
@@ -16,7 +17,11 @@ def pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         key = f"t{len(tensors):06d}"
         tensors[key] = tree
-        return {_TENSOR: key}
+        return (
+            {_TENSOR: key}
+            if tree.is_contiguous() or not _is_dense(tree)
+            else {_TENSOR: key, _STRIDE: tree.stride()}
+        )
     if isinstance(tree, torch.dtype):
         return {_DTYPE: str(tree).removeprefix("torch.")}
     if isinstance(tree, Mapping):
@@ -32,7 +37,12 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Return what `pack` was given (tuples come back as lists)."""
     if isinstance(tree, dict):
         if _TENSOR in tree:
-            return tensors[tree[_TENSOR]]
+            found = tensors[tree[_TENSOR]]
+            if _STRIDE not in tree:
+                return found
+            return torch.empty_strided(found.shape, tree[_STRIDE], dtype=found.dtype, device=found.device).copy_(
+                found
+            )
         if _DTYPE in tree:
             return getattr(torch, tree[_DTYPE])
         return {
@@ -40,3 +50,9 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
             for k, v in tree.items()
         }
     return [unpack(v, tensors) for v in tree] if isinstance(tree, list) else tree
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's entries lie in memory without gaps, in whatever order."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return last + 1 == tensor.numel()

@@ -174,5 +174,6 @@ _WANTED = {
     "<class 'int'>": "a whole number",
     "<class 'bool'>": "true or false",
     "<class 'tuple'>": "a list such as '[a, b]'",
+    "<class 'list'>": "a list such as '[a, \"b.*\"]' (patterns with *, [ or { in quotes)",
     "<class 'dict'>": "a mapping such as '{key: value}'",
 }

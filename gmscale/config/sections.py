@@ -56,7 +56,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_range(self.seed, "run.seed", 0, 10**9)
-        check_range(self.epochs, "run.epochs", 0, open_low=True)
+        check_range(self.epochs, "run.epochs", 0, 1e5, open_low=True)
         check_range(self.log_every, "run.log_every", 1)
         check_range(self.eval_every_epochs, "run.eval_every_epochs", 0, open_low=True)
         check_range(self.save_every_steps, "run.save_every_steps", 0)
@@ -106,7 +106,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_range(self.drop_rate, "model.drop_rate", 0, 1)
         check_range(self.drop_path_rate, "model.drop_path_rate", 0, 1)
-        check_range(self.ema_decay, "model.ema_decay", 0, 1)
+        check_range(self.ema_decay, "model.ema_decay", 0, 0.999999)
+        if self.ema_warmup and self.ema_decay == 0:
+            raise UsageError("model.ema_warmup is true, but there is no average: model.ema_decay is 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,7 @@ class FinetuneConfig:
     reset_head: bool = False
     """Start with a fresh classifier even where the number of classes is the same (otherwise only where not)."""
     freeze: list[str] = field(default_factory=list)
-    """Patterns (fnmatch) of modules or parameters that do not train, such as '[stem, blocks.[0-5]]'; modules that
+    """Patterns (fnmatch) of modules or parameters that do not train, such as '[stem, "blocks.[0-5]"]'; modules that
     are frozen whole also keep their normalisation statistics, and no dropout."""
     linear_probe: bool = False
     """Freeze everything but the classifier."""
@@ -205,13 +207,20 @@ class OptimConfig:
         check_range(self.label_smoothing, "optim.label_smoothing", 0, 1)
         check_range(self.grad_accum_steps, "optim.grad_accum_steps", 1)
         check_range(self.clip_grad, "optim.clip_grad", 0)
+        if self.clip_mode != "norm" and self.clip_grad == 0:
+            raise UsageError(f"optim.clip_mode is {self.clip_mode!r}, but nothing is clipped: optim.clip_grad is 0")
+        if self.lr_scaling != "linear" and self.lr_batch_size == 0:
+            raise UsageError(
+                f"optim.lr_scaling is {self.lr_scaling!r}, but optim.lr is taken as it is: optim.lr_batch_size is 0"
+            )
 
     def for_batch(self, global_batch_size: int) -> Self:
         """Return these settings with the learning rate for a global batch of so many images."""
         if self.lr_batch_size == 0:
             return self
         ratio = global_batch_size / self.lr_batch_size
-        return replace(self, lr=self.lr * (ratio if self.lr_scaling == "linear" else ratio**0.5), lr_batch_size=0)
+        lr = self.lr * (ratio if self.lr_scaling == "linear" else ratio**0.5)
+        return replace(self, lr=lr, lr_batch_size=0, lr_scaling="linear")
 
 
 @dataclass(frozen=True, kw_only=True)

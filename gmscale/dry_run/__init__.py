@@ -20,7 +20,7 @@ from gmscale.dry_run.options import Options, add_options, options_of
 from gmscale.dry_run.rehearsal import Rehearsal, Rehearsed
 from gmscale.dry_run.sizes import CheckpointSize, checkpoint_size, memory_parts, numels
 from gmscale.dry_run.table import print_found
-from gmscale.errors import RunError
+from gmscale.errors import RunError, UsageError
 from gmscale.parallel import World
 from gmscale.training_state import TrainingState
 
@@ -40,6 +40,12 @@ def dry_run(config: TrainConfig, options: Options, world: World) -> dict[str, An
         newest = checkpoint.latest(run_dir)
     build.prepare_process(config, world)
     data = _known_data(config, options, world)
+    devices = options.devices or world.size
+    if data.samples < _global_batch(config, devices):
+        raise UsageError(
+            f"--devices is {devices}: one step would take {_global_batch(config, devices)} samples, the training "
+            f"split has {data.samples}"
+        )
     total_steps = max(1, round(config.run.epochs * data.steps_per_epoch))
     state = build.training_state(config, world, data.classes, data.steps_per_epoch, resumes=newest is not None)
     with parallel.together(world):
@@ -63,7 +69,6 @@ def dry_run(config: TrainConfig, options: Options, world: World) -> dict[str, An
     peak_mb = parallel.largest_over_ranks(parallel.peak_memory_mb(world.device), world)
     size = checkpoint_size(state, config, world)
 
-    devices = options.devices or world.size
     steps_per_epoch = order.steps_per_epoch(data.samples, _global_batch(config, devices))
     measured = costs.Measured(
         devices=world.size,

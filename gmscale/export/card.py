@@ -259,8 +259,11 @@ def _environment(trained: Trained) -> Rows:
 
 
 def _command(trained: Trained) -> str:
-    """Return the command line of the run; empty if it was started in another way."""
+    """Return the command line of the run, without the places of one machine; empty if it was started otherwise."""
     command = str(trained.run.environment.get("command") or "")
+    for place in (trained.config.run.dir, trained.config.data.cache_dir, trained.config.data.source):
+        if Path(place).is_absolute():
+            command = command.replace(place, Path(place).name)
     return command if " train" in command or " compare" in command else ""
 
 

@@ -59,7 +59,13 @@ def start_from(model: nn.Module, config: TrainConfig, file: Path | None) -> Load
     Raises UsageError for a file that cannot be read, and for weights that do not fit the model beyond its
     classifier.
     """
+    if file is None and config.finetune.weights != "auto":
+        raise UsageError(f"finetune.weights is {config.finetune.weights!r}, but model.checkpoint names no weights")
     if file is None and not config.model.pretrained:
+        if config.finetune.reset_head:
+            raise UsageError(
+                "finetune.reset_head is true, but neither model.checkpoint nor model.pretrained is set"
+            )
         return None
     if file is not None and config.model.pretrained:
         raise UsageError("model.pretrained and model.checkpoint are both set; choose one of them")

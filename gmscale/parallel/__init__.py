@@ -14,8 +14,8 @@ from gmscale.parallel.world import (
     barrier,
     broadcast_buffers,
     count_over_ranks,
-    gather_over_ranks,
     largest_over_ranks,
+    of_all_ranks,
     sum_over_ranks,
 )
 from gmscale.parallel.wrapped import Stepped, WeightShard, Wrapped
@@ -38,9 +38,9 @@ __all__ = [
     "count_over_ranks",
     "end_process",
     "failed_elsewhere",
-    "gather_over_ranks",
     "init",
     "largest_over_ranks",
+    "of_all_ranks",
     "peak_memory_mb",
     "set_batch_norm",
     "shutdown",

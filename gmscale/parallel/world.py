@@ -60,14 +60,6 @@ def count_over_ranks(world: World, *flags: bool) -> list[int]:
     return [int(count) for count in sum_over_ranks(torch.tensor([int(flag) for flag in flags]), world)]
 
 
-def gather_over_ranks(value: Any, world: World) -> list[Any]:
-    """Return the ranks' values, small ones that pickle."""
-    values = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(values, value, group=world.control)
-    return values
-
-
 def of_all_ranks(value: T, world: World) -> list[T]:
     """Return the value of each rank, any small object."""
     gathered: list[Any] = [value] * world.size
