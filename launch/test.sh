@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment if it is missing, then lint, types and all tests. Arguments go to pytest: -k mask, -x, ...
+# Makes the environment if it is missing, then lint, types and all tests, also the slow ones, which plain pytest leaves
+# out. Arguments go to pytest: -k mask, -x, ...
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" dev
 
@@ -7,4 +8,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+exec python -m pytest -m "not slurm" "$@"

@@ -20,6 +20,8 @@ from gmscale.bench.photographs import Copies, photographs
 from gmscale.config import parse
 from gmscale.errors import RunError, UsageError
 
+pytestmark = pytest.mark.slow
+
 STEPS = WARM_UP + 1
 TASK = Task(
     loop="",

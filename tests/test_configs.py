@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from gmscale import config as configuration
 from gmscale.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 FIELDS = ("command", "hardware", "hours", "expected")

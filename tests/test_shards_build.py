@@ -375,14 +375,17 @@ def test_bad_samples_of_shards_are_treated_as_bad_images(tmp_path: Path, out: Pa
 
 # `gmscale shards build`, but that it hands out so many shards and no more, and waits to be interrupted.
 PAUSING = """
-import signal, sys
+import signal, sys, time
 from itertools import islice
 from gmscale import cli
 from gmscale.shards import build
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
+
 def first(tasks, count):
     yield from islice(tasks, count)
-    signal.pause()
+    while True:  # a pause would miss a signal that comes just before it
+        time.sleep(0.01)
 
 spread, count = build.spread, int(sys.argv[1])
 build.spread = lambda work, tasks, workers: spread(work, first(tasks, count), workers)

@@ -41,6 +41,14 @@ _DIFFERENT = 240  # photographs; a larger set repeats them
 _CLASSES = 10  # of the photographs
 _VALIDATION = _CLASSES  # images, one a class: every run ends with an evaluation that is not measured
 _LIMIT_S = 900.0  # for one run
+_LAUNCHERS = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}  # not of these runs
 _ASKED = {"images_per_s": 1.0, "start_s": 1.1}
 _SHOWN = ("images_per_s", "start_s")
 
@@ -174,7 +182,8 @@ def run(task: Task, processes: int) -> Run:
     task.write(file)
     command = [sys.executable, "-m", "gmscale.bench.loops", str(file), *([str(processes)] if processes > 1 else [])]
     threads = max(1, cores() // processes)
-    surroundings = os.environ | {"OMP_NUM_THREADS": str(threads)}  # for all loops what gmscale chooses
+    surroundings = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
+    surroundings["OMP_NUM_THREADS"] = str(threads)  # for all loops what gmscale chooses
     with open(log, "wb") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=surroundings)
         try:

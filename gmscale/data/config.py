@@ -15,8 +15,6 @@ Interpolation = Literal["bilinear", "bicubic", "lanczos", "random"]
 # ITU-R 601-2 luma of red, green and blue as Pillow computes it, in units of 2 ** -16.
 LUMA = 19595, 38470, 7471
 
-_SMALLEST_EMBEDDED = 8
-
 
 def without_secrets(text: str) -> str:
     """Return text without the credentials and queries of any address in it."""
@@ -113,11 +111,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         # Below 4 the embedded validation split would be empty.
         check_range(self.size, "data.size", 4)
-        if self.source == "embedded" and self.image_size < _SMALLEST_EMBEDDED:
-            raise UsageError(
-                f"data.image_size is {self.image_size}; expected at least {_SMALLEST_EMBEDDED}, or no digit of "
-                "data.source embedded could be read"
-            )
         for field in ("image_size", "batch_size_per_device", "eval_batch_size_per_device"):
             check_range(getattr(self, field), f"data.{field}", 1)
         check_range(self.workers, "data.workers", 0)

@@ -57,11 +57,19 @@ class _Sources:
     photographs: list[tuple[str, Image.Image]]
 
 
+_SMALLEST_IMAGE = 8
+
+
 def ensure(config: DataConfig) -> Path:
     """Return the directory of the embedded shards for these settings, building them if they are missing.
 
     A directory of that name is always complete. Concurrent processes may both build; the first to finish wins.
     """
+    if config.image_size < _SMALLEST_IMAGE:
+        raise UsageError(
+            f"data.image_size is {config.image_size}; expected at least {_SMALLEST_IMAGE} for data.source embedded, "
+            "whose digits could not be read otherwise"
+        )
     target = place(config)
     if target.is_dir():
         return target

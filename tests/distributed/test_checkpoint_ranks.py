@@ -25,6 +25,8 @@ from gmscale.checkpoint.tensors import write_tensors
 from gmscale.errors import RunError
 from gmscale.parallel import WeightShard, World
 
+pytestmark = pytest.mark.slow
+
 
 def world_of(rank: int) -> World:
     return World(rank, rank, 2, torch.device("cpu"), "ddp", dist.group.WORLD)

@@ -25,6 +25,8 @@ from gmscale import data, evaluation
 from gmscale.errors import UsageError
 from gmscale.parallel import World, wrap
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("deepspeed", reason='pip install "gmscale[deepspeed]"')
 
 Sections = tiny.Sections

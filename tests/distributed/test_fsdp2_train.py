@@ -24,6 +24,8 @@ from gmscale.parallel import World, wrap
 pytest.importorskip("torch.distributed.fsdp", reason="torch without FSDP2")
 from gmscale.parallel.fsdp2 import blocks
 
+pytestmark = pytest.mark.slow
+
 SECTIONS: dict[str, dict[str, Any]] = {
     "run": {"epochs": 1.5, "log_every": 5, "save_every_steps": 2},
     "model": {"drop_rate": 0.3},

@@ -22,6 +22,8 @@ from gmscale import build
 from gmscale.errors import UsageError
 from gmscale.parallel import World, set_batch_norm
 
+pytestmark = pytest.mark.slow
+
 MASKED: tiny.Sections = {"mask": {"error_feedback": True, "strength": 1.0}}
 DROPPING = {"name": "test_byobnet", "drop_rate": 0.3}
 ONE_MB = {"bucket_cap_mb": 1.0}  # two buckets

@@ -1,15 +1,21 @@
 """The examples in this folder, run the way a user runs them, with the mask and without it."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import warm
+
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+# A plain DDP script of torch 2.14 may end like this after its last line: gloo threads outlive the interpreter. With
+# the mask attached it must not (attach waits for them).
+TORCHS_ABORT = "terminate called without an active exception"
 LINE = re.compile(r"rank (\d): kept ([\d.]+) of the masked gradients' entries, (\w+) ([0-9a-f]{16})")
 
 
@@ -17,10 +23,10 @@ LINE = re.compile(r"rank (\d): kept ([\d.]+) of the masked gradients' entries, (
 @pytest.mark.parametrize(
     ("script", "launcher", "package"),
     [
-        ("plain_ddp.py", warm.TORCHRUN, "torch"),
-        ("timm_loop.py", warm.TORCHRUN, "timm"),
-        ("accelerate_ddp.py", warm.TORCHRUN, "accelerate"),
-        ("lightning_fit.py", (), "lightning"),
+        ("plain_ddp.py", TORCHRUN, "torch"),
+        ("timm_loop.py", TORCHRUN, "timm"),
+        ("accelerate_ddp.py", TORCHRUN, "accelerate"),
+        ("lightning_fit.py", (sys.executable,), "lightning"),
     ],
 )
 def test_the_mask_is_at_work_and_ranks_agree(
@@ -28,17 +34,13 @@ def test_the_mask_is_at_work_and_ranks_agree(
 ) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f'{package} is not installed: pip install "gmscale[interop]"')
-    folder = tmp_path / "work"
-    folder.mkdir()
     command = [*launcher, str(HERE / script)]
-    plain_run = warm.Program(tmp_path / "plain", [*command, "--no_mask"], folder)
-    try:
-        whole = script == "plain_ddp.py"
-        output = run_whole(command, folder) if whole else warm.run(tmp_path / "masked", command, folder)
-        assert plain_run.wait() == 0, plain_run.output
-    finally:
-        plain_run.kill()
-    masked, plain = weights_by_rank(output), weights_by_rank(plain_run.output)
+    both = [start(command, tmp_path), start([*command, "--no_mask"], tmp_path)]
+    outputs = [output_of(process) for process in both]
+    for _ in range(3):
+        if TORCHS_ABORT in outputs[1]:
+            outputs[1] = output_of(start([*command, "--no_mask"], tmp_path))
+    masked, plain = map(weights_by_rank, outputs)
 
     for what in masked[0][1]:
         assert masked[0][1][what] == masked[1][1][what]
@@ -47,20 +49,23 @@ def test_the_mask_is_at_work_and_ranks_agree(
     for rank in (0, 1):
         assert 0.05 < masked[rank][0] < 0.95
         assert plain[rank][0] == 1.0
-    assert not list(folder.iterdir()), "an example left files in the working directory"
+    assert not list(tmp_path.iterdir()), "an example left files in the working directory"
 
 
-def run_whole(command: list[str], folder: Path) -> str:
-    """Return the output of `python COMMAND`, a process from its beginning to its end.
-
-    Without the mask it may end badly after the last line: gloo's threads outlive the interpreter (torch 2.14).
-    With it, it must not: attach waits for them.
-    """
-    result = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=200, check=False
+def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0 or ("--no_mask" in process.args and TORCHS_ABORT in output), output
+    return output
 
 
 def weights_by_rank(output: str) -> dict[int, tuple[float, dict[str, str]]]:

@@ -19,6 +19,8 @@ from gmscale.config import from_dict
 from gmscale.data import DataConfig, open_index, open_split, order
 from gmscale.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 SECTIONS = {
     "run": {"epochs": 8.0, "log_every": 5, "save_every_steps": 3},
