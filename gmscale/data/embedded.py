@@ -67,8 +67,8 @@ def ensure(config: DataConfig) -> Path:
     """
     if config.image_size < _SMALLEST_IMAGE:
         raise UsageError(
-            f"data.image_size is {config.image_size}; expected at least {_SMALLEST_IMAGE} for data.source embedded, "
-            "whose digits could not be read otherwise"
+            f"data.image_size is {config.image_size}; expected at least {_SMALLEST_IMAGE} for data.source "
+            "embedded, whose digits could not be read otherwise"
         )
     target = place(config)
     if target.is_dir():
