@@ -278,6 +278,7 @@ def test_what_training_follows_may_not_change_on_resume() -> None:
         ("optim", {"clip_mode": "agc"}, "optim.clip_mode is 'agc', but nothing is clipped"),
         ("optim", {"lr_scaling": "sqrt"}, "optim.lr_scaling is 'sqrt'"),
         ("model", {"ema_warmup": True}, "model.ema_warmup is true, but there is no average"),
+        ("model", {"ema_decay": 1.0}, "model.ema_decay is 1"),
     ],
 )
 def test_a_setting_that_would_do_nothing_is_refused(section: str, values: dict, said: str) -> None:

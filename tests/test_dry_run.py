@@ -202,6 +202,11 @@ def test_it_finds_the_mistakes_of_a_run(cache: Path, tmp_path: Path, sections: t
         rehearse(tiny.config(cache, tmp_path / "run", **sections))
 
 
+def test_devices_that_take_more_samples_than_there_are_are_named(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--devices is 8: one step would take 128 samples, .* has 100"):
+        rehearse(tiny.config(cache, tmp_path / "run"), devices=8)
+
+
 def test_it_refuses_the_directory_of_another_run(cache: Path, finished_run: Path) -> None:
     with pytest.raises(UsageError, match="other settings"):
         rehearse(tiny.config(cache, finished_run, optim={"lr": 3.0}))

@@ -308,8 +308,12 @@ def test_a_card_holds_no_path_to_the_data_and_no_token(run: Path) -> None:
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["data"]["source"] = "/home/someone/secret project/imagenet|shards"
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    environment = json.loads((run / "environment.json").read_text())
+    environment["command"] = f"gmscale train --data.source '{settings['data']['source']}' --optim.lr 0.2"
+    (run / "environment.json").write_text(json.dumps(environment))
     text = (export(run, "hf") / "README.md").read_text()
     assert "/home/someone" not in text
+    assert "--optim.lr 0.2" in text
     assert "`imagenet\\|shards`" in text
 
 
