@@ -1,6 +1,7 @@
 """What the tests share: one tiny embedded data set and one finished run on it, each made once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault(
@@ -9,6 +10,17 @@ os.environ.setdefault(
 
 import pytest
 import tiny
+
+# What a launcher tells a process. DeepSpeed insists on one of them, and so leaves it behind.
+LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher() -> Iterator[None]:
+    """Programs that a test starts must not believe that a launcher started them."""
+    yield
+    for name in LAUNCHERS:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
