@@ -3,16 +3,17 @@
 Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a checkpoint (start it again).
 """
 
-import atexit
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from gmscale import __version__
 from gmscale.errors import OneLineParser, RunError, UsageError, nearest
+from gmscale.job import in_world
+from gmscale.stopping import STOPPED, StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command is None:
         _fail(UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], _COMMANDS)} (see gmscale --help)"))
     try:
-        status = command(argv[1:])
+        with StopRequest() if _can_stop(argv) else nullcontext():
+            status = command(argv[1:])
     except (UsageError, RunError) as error:
         _fail(error)
     sys.exit(status)
@@ -45,8 +47,8 @@ def _train(argv: list[str]) -> int:
     parsed, rest = configuration.parse(argv, "gmscale train", parser)
     options = dry_run.options_of(rest)
     if options is not None:
-        return _in_world(parsed.parallel, lambda world: dry_run.show(parsed, options, world))
-    return _in_world(parsed.parallel, lambda world: _status(train(parsed, world).summary is not None))
+        return in_world(parsed.parallel, lambda world: dry_run.show(parsed, options, world))
+    return in_world(parsed.parallel, lambda world: _status(train(parsed, world).summary is not None))
 
 
 def _compare(argv: list[str]) -> int:
@@ -56,7 +58,7 @@ def _compare(argv: list[str]) -> int:
     parser = configuration.build_parser("gmscale compare")
     parser.add_argument("--seeds", type=int, default=5, help="Paired seeds of every arm, from run.seed on.")
     parsed, rest = configuration.parse(argv, "gmscale compare", parser)
-    return _in_world(parsed.parallel, lambda world: _status(compare(parsed, rest.seeds, world)))
+    return in_world(parsed.parallel, lambda world: _status(compare(parsed, rest.seeds, world)))
 
 
 def _report(argv: list[str]) -> int:
@@ -76,10 +78,22 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _launch(argv: list[str]) -> int:
+    from gmscale.launch import main as launch
+
+    return launch(argv)
+
+
 def _find(argv: list[str]) -> int:
     from gmscale.find import main as find
 
-    return find(argv, _in_world)
+    return find(argv, in_world)
+
+
+def _plan(argv: list[str]) -> int:
+    from gmscale.plan import main as plan
+
+    return plan(argv)
 
 
 def _verify(argv: list[str]) -> int:
@@ -109,9 +123,11 @@ def _doctor(argv: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
+    "launch": _launch,
     "report": _report,
     "bench": _bench,
     "find": _find,
+    "plan": _plan,
     "verify": _verify,
     "shards": _shards,
     "export": _export,
@@ -122,8 +138,10 @@ usage: gmscale COMMAND ...
 
   train     train one run                        gmscale train --config configs/quickstart.yaml
   compare   no mask, the mask and a random mask of equal density, at equal seeds
+  launch    start training on this node of several, as launch/torchrun.sh and slurm/ do
   report    write one HTML page about runs       gmscale report runs/quickstart
   find      the batch size that fits and is fastest; a range test of the learning rate
+  plan      step time and scaling on several nodes, from a step on one and counted bytes
   bench     cost of the mask, ratios side by side in one run
   verify    which differences between ways to run one training are rounding, which required
   shards    build webdataset shards from images, prove them, say what they hold
@@ -134,55 +152,12 @@ gmscale COMMAND --help explains every field. On several processes: torchrun --np
 Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a checkpoint."""
 
 
-def _in_world(config: Any, body: Callable[[Any], int]) -> int:
-    """Run `body` in the process group; a failure ends this process at once, and with it the job."""
-    from gmscale import parallel
-
-    world = parallel.init(config)
-    try:
-        status = body(world)
-    except BaseException as error:
-        status = _explain_failure(error, world)
-        if world.backend != "single":
-            parallel.end_process(status)  # tearing down the group could wait for ranks that wait for this one
-        return status
-    parallel.shutdown(world)
-    if world.backend != "single":
-        atexit._run_exitfuncs()  # ends loader processes in order
-        parallel.end_process(status)
-    return status
-
-
-def _explain_failure(error: BaseException, world: Any) -> int:
-    """Print the error once over all ranks; return the exit status."""
-    from gmscale import parallel
-
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    status = 2 if isinstance(error, UsageError) else 1
-    if isinstance(error, parallel.PeerError):
-        return status
-    if isinstance(error, parallel.OutOfMemoryError):
-        error = RunError(
-            f"{' '.join(str(error).split())[:200]} ...; lower data.batch_size_per_device (optim.grad_accum_steps "
-            "makes up for it), or set model.grad_checkpointing true or optim.amp bf16"
-        )
-    if not isinstance(error, UsageError | RunError) and parallel.failed_elsewhere(world):
-        return status  # a collective broke because the other rank is gone
-    if not parallel.announce_failure(world):
-        return status
-    prefix = f"rank {world.rank}: " if world.size > 1 else ""
-    if isinstance(error, UsageError | RunError):
-        print(f"gmscale: error: {prefix}{error}", file=sys.stderr)
-    else:
-        print(f"gmscale: {prefix}unexpected error", file=sys.stderr)
-        traceback.print_exception(error)
-    return status
+def _can_stop(argv: list[str]) -> bool:
+    """Return whether the command looks for requests to stop: it then listens from its first moment on."""
+    return argv[0] in ("train", "compare") and not {"--dry_run", "--help", "-h", "--print_config"} & set(argv)
 
 
 def _status(finished: bool) -> int:
-    from gmscale.parallel import STOPPED
-
     return 0 if finished else STOPPED
 
 

@@ -24,6 +24,33 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """Nodes with equally many devices, the nodes joined by a network without a bottleneck in its middle."""
+
+    devices_per_node: int
+    between: Link
+    """From one node to another; bytes a second of all its network cards together."""
+    inside: Link
+    """From a device to the next one of its node."""
+
+    def nodes(self, devices: int) -> int:
+        """Return how many nodes so many devices take up."""
+        return math.ceil(devices / self.devices_per_node)
+
+    def ring(self, devices: int) -> Link:
+        """Return the link of one ring through all devices that enters and leaves each node once.
+
+        The ring is as fast as its slowest link, and a hop of it takes the mean of all hops. Several rings side by
+        side, one a network card, are the same one: each carries its part of the bytes over its part of the rate.
+        """
+        nodes = self.nodes(devices)
+        if nodes == 1:
+            return self.inside
+        hops = nodes * self.between.latency_s + (devices - nodes) * self.inside.latency_s
+        return Link(min(self.between.bytes_per_s, self.inside.bytes_per_s), hops / devices)
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What a step hands to one kind of collective."""
 
@@ -54,25 +81,38 @@ def broadcast_s(nbytes: float, devices: int, link: Link, calls: float = 1) -> fl
     return 0.0 if devices == 1 else nbytes / link.bytes_per_s + (devices - 1) * link.latency_s * calls
 
 
-def exposed_s(traffic: Mapping[str, Traffic], devices: int, link: Link, backward_s: float) -> float:
+NOTHING = Traffic(0, 0)
+
+
+def exposed_s(
+    traffic: Mapping[str, Traffic], devices: int, link: Link, backward_s: float, awaited: Traffic = NOTHING
+) -> float:
     """Return the time of a step's collectives during which nothing is computed.
 
     Reductions of gradients run beside the last micro-batch's backward pass (`backward_s`), in buckets that become
-    ready one after the other (https://arxiv.org/abs/2006.15704): what is longer shows, and the last bucket always
-    does. Broadcasts and gathering of weights run beside nothing. `traffic` is by torch's names of the operations.
+    ready one after the other (https://arxiv.org/abs/2006.15704), here equal ones at equal intervals: nothing can
+    hide before the first is ready, what is longer than the rest of the pass shows, and the last always does.
+    Broadcasts and gathering of weights run beside nothing. `traffic` is by torch's names of the operations;
+    `awaited` of its all-reduces hold the backward pass up, one before each other one, which needs its result.
     """
-    reducing = last = other = 0.0
+    reducing = last = other = buckets = 0.0
+    waiting = ring_all_reduce_s(awaited.bytes, devices, link, awaited.calls)
     for operation, seen in traffic.items():
         if seen.calls == 0:
             continue
         if "reduce" in operation:
             time = ring_half_s if "scatter" in operation else ring_all_reduce_s
             reducing += time(seen.bytes, devices, link, seen.calls)
-            last = max(last, time(seen.bytes / seen.calls, devices, link))
+            calls, nbytes = seen.calls, seen.bytes
+            if operation == "allreduce":
+                calls, nbytes = max(1, calls - awaited.calls), nbytes - awaited.bytes
+            last = max(last, time(nbytes / calls, devices, link))
+            buckets += calls
         else:
             time = broadcast_s if "broadcast" in operation else ring_half_s
             other += time(seen.bytes, devices, link, seen.calls)
-    return max(reducing - backward_s, last) + other
+    hides_s = backward_s * (1 - 1 / max(1.0, buckets))
+    return max(reducing - hides_s, waiting + last) + other
 
 
 def buckets(nbytes: float, cap_bytes: float) -> int:

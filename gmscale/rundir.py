@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from gmscale import checkpoint, environment
+from gmscale import checkpoint, environment, launched
 from gmscale.config import TrainConfig, changed_on_resume
 from gmscale.data.config import without_secrets
+from gmscale.elastic import History
 from gmscale.errors import UsageError
 from gmscale.files import write_atomically
 from gmscale.models import Loaded
@@ -44,12 +45,14 @@ def begin(
     world: World,
     attachments: Mapping[str, Attachment],
     loaded: Loaded | None,
+    history: History,
 ) -> None:
     """Write config.yaml, environment.json and touched.json, and started_from.json about starting weights."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", _to_keep(config).to_yaml())
-        write_atomically(run_dir / "environment.json", json.dumps(environment.describe(world), indent=1))
+        found = environment.describe(world) | {"world_sizes": history}
+        write_atomically(run_dir / "environment.json", json.dumps(found, indent=1))
         write_touched(run_dir, attachments)
         if loaded is not None:
             write_atomically(run_dir / "started_from.json", json.dumps(asdict(loaded), indent=1))
@@ -70,11 +73,41 @@ def write_data(run_dir: Path, classes: Sequence[str], training_samples: int) -> 
     write_atomically(run_dir / "data.json", json.dumps(facts, indent=1))
 
 
-def identity(config: TrainConfig, world: World, data: str, attachments: Mapping[str, Attachment]) -> dict[str, Any]:
-    """Return what a checkpoint records of its run, `data` being the loader's fingerprint, for `check_identity`."""
+def world_sizes(run_dir: Path, newest: Path | None, config: TrainConfig, world: World) -> History:
+    """Return the numbers of processes that the run in `run_dir` had, `newest` being its newest checkpoint.
+
+    Without one the run begins with the processes of `world`. With parallel.elastic the global batch is that of all
+    nodes even when some are still to come.
+    """
+    if newest is not None:
+        state = checkpoint.read(newest)
+        return _history(state["shared"]["identity"], state["world_size"])
+    described = run_dir / "environment.json"
+    if config.parallel.elastic and described.exists():
+        try:
+            found = json.loads(described.read_text())
+            return _history(found, found["world_size"])
+        except (OSError, ValueError, KeyError):
+            raise UsageError(
+                f"{described} does not say with how many processes the run began; choose another run.dir"
+            ) from None
+    return [(0, launched.most_ranks(world.size) if config.parallel.elastic else world.size)]
+
+
+def _history(found: dict[str, Any], only: int) -> History:
+    return [(step, size) for step, size in found.get("world_sizes", [(0, only)])]
+
+
+def identity(
+    config: TrainConfig, history: History, data: str, attachments: Mapping[str, Attachment]
+) -> dict[str, Any]:
+    """Return what a checkpoint records of its run, `data` being the loader's fingerprint.
+
+    `check_identity` compares it, but for the processes, which `elastic.divide` judges.
+    """
     return {
         "config": asdict(_to_keep(config)),
-        "world_size": world.size,
+        "world_sizes": history,
         "data": data,
         "touched": {name: [t.name for t in a.touched] for name, a in attachments.items()},
     }
@@ -83,11 +116,6 @@ def identity(config: TrainConfig, world: World, data: str, attachments: Mapping[
 def check_identity(path: Path, now: dict[str, Any], config: TrainConfig) -> None:
     """Raise UsageError unless the checkpoint at `path` belongs to the run that `now` describes."""
     saved = checkpoint.read(path)["shared"]["identity"]
-    if saved["world_size"] != now["world_size"]:
-        raise UsageError(
-            f"{path} was saved by {saved['world_size']} processes and cannot be resumed by {now['world_size']}; "
-            f"start as many as before, or choose another run.dir"
-        )
     _refuse_changes(saved["config"], config, path)
     if saved["data"] != now["data"]:
         raise UsageError(f"{path} was trained on other shards than data.source now holds; restore them, or choose "

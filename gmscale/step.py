@@ -26,13 +26,16 @@ def train_step(
         state.frozen.hold()
     wrapped.zero_grad()
     for i, batch in enumerate(micro_batches):
+        world.heartbeat.at("forward")
         images, targets = data.to_device(batch, config.data, config.augment, classes, world.device)
         last = i + 1 == len(micro_batches)
         with nullcontext() if last else state.no_sync():  # the last backward pass masks and reduces
             with torch.autocast(world.device.type, wrapped.autocast, enabled=wrapped.autocast is not None):
                 logits = wrapped.model(images)
                 loss = training_loss(logits, targets, config.optim)
+            world.heartbeat.at("backward")
             # the mean over the global batch: this divides by the micro-batches, the back-end by the world size
             wrapped.backward(loss / len(micro_batches))
         state.meter.add(loss.detach(), logits.detach(), batch.labels.to(world.device, non_blocking=True))
+    world.heartbeat.at("update")
     return wrapped.step()

@@ -16,16 +16,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gmscale import build, checkpoint, evaluation, parallel, records, rundir, tracking
+from gmscale import build, checkpoint, elastic, evaluation, ownership, parallel, records, rundir, tracking
 from gmscale.build import Training
 from gmscale.checkpoint import Saver
 from gmscale.config import TrainConfig
 from gmscale.data import Batch, FaultLog
 from gmscale.errors import RunError
 from gmscale.files import write_atomically
-from gmscale.parallel import StopRequest, World
+from gmscale.parallel import World
 from gmscale.profiling import StepProfiler
 from gmscale.step import train_step
+from gmscale.stopping import StopRequest
 from gmscale.tracking import StepClock, Tracker, plain_console
 
 
@@ -54,27 +55,31 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
         return Outcome(done)
 
     # -- data, model, mask, optimizer -------------------------------------------------------------------------
-    build.prepare_process(config, world)
-    loader, val_loader = build.loaders(config, world)
-    steps_per_epoch, classes = loader.steps_per_epoch, len(loader.classes)
-    total_steps = max(1, round(config.run.epochs * steps_per_epoch))
     with parallel.together(world):
         newest = checkpoint.latest(run_dir)
         start = checkpoint.read(newest)["step"] if newest else 0
-    state = build.training_state(config, world, classes, steps_per_epoch, step=start, resumes=newest is not None)
+        division = elastic.divide(config, world, rundir.world_sizes(run_dir, newest, config, world), start)
+    build.prepare_process(config, world)
+    loader, val_loader = build.loaders(division.config, world)
+    steps_per_epoch, classes = loader.steps_per_epoch, len(loader.classes)
+    total_steps = max(1, round(config.run.epochs * steps_per_epoch))
+    state = build.training_state(
+        division.config, world, classes, steps_per_epoch, step=start, resumes=newest is not None
+    )
     with parallel.together(world):
         probe = build.probe(state.attachment, config)
 
     # -- resume, or begin -------------------------------------------------------------------------------------
-    identity = rundir.identity(config, world, loader.fingerprint, state.attachments)
+    identity = rundir.identity(config, division.history, loader.fingerprint, state.attachments)
     with parallel.together(world):
         if newest is not None:
             rundir.check_identity(newest, identity, config)
     if newest is not None:
-        state.restore(newest, world)
+        state.restore(newest, world, config.run.seed)
     with parallel.together(world):
+        owner = ownership.take(run_dir) if world.is_main else None
         if world.is_main:
-            rundir.begin(run_dir, config, world, state.attachments, state.loaded)
+            rundir.begin(run_dir, config, world, state.attachments, state.loaded, division.history)
             rundir.write_data(run_dir, loader.classes, loader.samples)
     tracker = None
     with parallel.together(world):
@@ -83,6 +88,10 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     say = tracker.say if tracker else lambda message: None
     if state.loaded is not None:
         say(state.loaded.summary())
+    if tracker and division.change and start < total_steps:
+        tracker.say(division.change)
+        now = {"world_size": world.size, "grad_accum_steps": division.config.optim.grad_accum_steps}
+        tracker.log("world", start + 1, now)  # the first step they do: a resume from before it drops the record
     faults = FaultLog(
         run_dir / f"bad_samples-rank{world.rank}.jsonl", loader.faults, loader.samples, config.data.max_bad_share
     )
@@ -95,6 +104,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
         keep_best=config.run.keep_best,
         background=config.run.background_save,
         warn=say,
+        check_owner=owner.check if owner else lambda: None,
     )
     profiler = StepProfiler(run_dir / "profile", config.run.profile_steps, world, start, total_steps, say)
     eval_every = max(1, round(config.run.eval_every_epochs * steps_per_epoch))
@@ -104,17 +114,20 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     clock, began = StepClock(), time.monotonic()
 
     def validate(model: nn.Module) -> dict[str, float]:
+        world.heartbeat.at("evaluation")
         return evaluation.evaluate(model, val_loader, config.data, world, lockstep=state.wrapped.lockstep)
 
     def save(step: int, top1: float | None = None) -> None:
         if step > (saver.step or start):
+            world.heartbeat.at("saving")
             if tracker:
                 tracker.sync()
             saver.save(step, state.contents(identity, world, sharded=config.parallel.sharded_checkpoints), top1)
 
-    with StopRequest() as stop, tracker or nullcontext(), profiler:
+    with StopRequest() as stop, world.heartbeat.shared(run_dir), tracker or nullcontext(), profiler:
         # -- the loop: `step` optimizer steps are done -----------------------------------------------------------
         for step in range(start, total_steps):
+            world.heartbeat.at("agreement", step + 1)
             stops, *writing = parallel.count_over_ranks(world, stop.requested, *saver.progress)
             saver.advance(*writing)
             if stops:
@@ -126,6 +139,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             due_eval = last or (step + 1) % eval_every == 0
             due_log = due_eval or (step + 1) % config.run.log_every == 0
 
+            world.heartbeat.at("data")
             with clock.waiting():
                 micro_batches = next(batches)
             for batch in micro_batches:
@@ -154,6 +168,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                 if state.ema is not None:
                     state.ema.update(state.wrapped.bare, step=step)
 
+            world.heartbeat.at("after the step")
             if due_log:
                 reports = {name: mask.report() for name, mask in state.attachments.items()}
                 values = state.meter.values(world) | clock.values(loader.global_batch_size)
@@ -185,7 +200,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             if step + 1 == unfreezes_at:  # after the masks have reported, before the state is saved
                 with clock.paused():
                     build.unfreeze(state, config, world)
-                identity = rundir.identity(config, world, loader.fingerprint, state.attachments)
+                identity = rundir.identity(config, division.history, loader.fingerprint, state.attachments)
                 if tracker:
                     rundir.write_touched(run_dir, state.attachments)
                 say(f"everything trains from step {step + 2} on")
@@ -196,6 +211,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
                     save(step + 1, top1)
 
         # -- the end: summary.json last, its presence means finished ---------------------------------------------
+        world.heartbeat.at("finishing")
         saver.finish(whole=True)
         if start == total_steps:  # killed between the last checkpoint and the summary
             result = validate(state.wrapped.eval_model)
@@ -212,6 +228,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             "best_top1": state.best_top1,
             "ema_top1": averaged["top1"] if averaged else None,
             "skipped_steps": state.skips.total,
+            "world_sizes": division.history,
             "wall_s": round(time.monotonic() - began, 3),
         }
         if tracker:

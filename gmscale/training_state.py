@@ -10,7 +10,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from gmscale import checkpoint, parallel
+from gmscale import checkpoint, elastic, parallel
 from gmscale.checkpoint import Contents
 from gmscale.errors import RunError
 from gmscale.models import Frozen, Loaded, Schedule
@@ -68,10 +68,17 @@ class TrainingState:
             },
         )
 
-    def restore(self, path: Path, world: World) -> None:
-        """Load a checkpoint of the same run; a collective."""
+    def restore(self, path: Path, world: World, seed: int) -> None:
+        """Load a checkpoint of the same run, whose seed is `seed`; a collective.
+
+        If another number of ranks saved it, elastic.py says what of theirs each has now.
+        """
         with parallel.together(world):  # each rank reads what is its own before they load in step
-            state, own = checkpoint.read(path), checkpoint.load_rank(path, world)
+            state = checkpoint.read(path)
+            if state["world_size"] == world.size:
+                own = checkpoint.load_rank(path, world)
+            else:
+                own = elastic.inherited(path, world, seed)
             optimizer = checkpoint.optimizer_state(path)
             shards = checkpoint.load_shards(path, world) if state["sharded"] else None
         if shards is not None:

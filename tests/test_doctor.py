@@ -8,7 +8,8 @@ import pytest
 import warm
 
 from gmscale import doctor
-from gmscale.doctor import Finding
+from gmscale.doctor import machine
+from gmscale.doctor.finding import Finding
 from gmscale.errors import UsageError
 
 
@@ -23,7 +24,7 @@ def warm_torchrun(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
         program = warm.Program(folder / "log", command[1:], folder, options["env"])
         return subprocess.CompletedProcess(command, program.wait(), "", program.output)
 
-    monkeypatch.setattr(doctor.subprocess, "run", run_warm)
+    monkeypatch.setattr(machine.subprocess, "run", run_warm)
 
 
 @pytest.mark.usefixtures("warm_torchrun")
@@ -37,7 +38,7 @@ def test_a_healthy_machine_is_reported_as_such(tmp_path, capsys):
 
 def test_every_failure_comes_with_a_remedy_and_status_1(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        doctor, "_all_reduce", lambda backend, processes: Finding(backend, False, "no answer", "cure")
+        machine, "_all_reduce", lambda backend, processes: Finding(backend, False, "no answer", "cure")
     )
     missing = tmp_path / "missing"
     assert doctor.main(["--dir", str(missing)]) == 1
@@ -50,24 +51,29 @@ def test_every_failure_comes_with_a_remedy_and_status_1(tmp_path, capsys, monkey
 @pytest.mark.usefixtures("warm_torchrun")
 def test_a_failing_all_reduce_is_noticed(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
-    finding = doctor._all_reduce("gloo", processes=1)
+    finding = machine._all_reduce("gloo", processes=1)
     assert not finding.ok
     assert "GLOO_SOCKET_IFNAME" in finding.remedy
 
 
 @pytest.mark.parametrize("name", ["torch", "timm"])
 def test_a_missing_or_old_package_fails(monkeypatch, name):
-    monkeypatch.setattr(doctor, "package_version", lambda package: "2.1.0" if package == "torch" else None)
-    findings = {f.name: f for f in doctor._versions()}
+    monkeypatch.setattr(machine, "package_version", lambda package: "2.1.0" if package == "torch" else None)
+    findings = {f.name: f for f in machine._versions()}
     assert not findings[name].ok
     assert "constraints.txt" in findings[name].remedy
 
 
 def test_a_full_disk_fails(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
-    assert not doctor._writable(tmp_path).ok
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20})())
+    assert not machine._writable(tmp_path).ok
 
 
 def test_an_unknown_flag_is_one_line():
     with pytest.raises(UsageError, match="unrecognized arguments: --foo"):
         doctor.main(["--foo"])
+
+
+def test_a_flag_of_launch_without_launch_is_one_line():
+    with pytest.raises(UsageError, match="--nnodes goes with --launch"):
+        doctor.main(["--nnodes", "2"])

@@ -93,7 +93,7 @@ def train_rank(
     sections: Sections,
     stop_after: int | None = None,
 ) -> bool:
-    """Train one rank in its own process, rank 1 asked to stop after so many steps; return whether it finished."""
+    """Train one rank in its own process, the last one asked to stop after so many steps; return whether it finished."""
     world = World(rank, rank, size, torch.device("cpu"), backend, dist.group.WORLD)
     real, steps = training.train_step, 0
 
@@ -101,7 +101,7 @@ def train_rank(
         nonlocal steps
         result = real(*arguments)
         steps += 1
-        if steps == stop_after and rank == 1:  # one rank alone hears the signal
+        if steps == stop_after and rank == size - 1:  # one rank alone hears the signal
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 

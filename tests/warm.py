@@ -5,10 +5,12 @@ torchrun's workers are forked like it. Only the interpreter's last breath is cut
 """
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,8 +23,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from gmscale.parallel.local_ranks import enter_network
+
 context = multiprocessing.get_context("forkserver")
-_IMPORTED = ["timm", "gmscale.sites", "gmscale.cli", "gmscale.train", "torch.distributed.launcher.api"]
+_NEW_HOST = 0x04000000  # CLONE_NEWUTS
+_IMPORTED = ["timm", "gmscale.sites", "gmscale.cli", "gmscale.train", "gmscale.launch.agent"]
 
 
 @cache
@@ -42,16 +47,27 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 class Program:
-    """`python ARGUMENTS` in a session of its own, its output in the file `log`."""
+    """`python ARGUMENTS` in a session of its own, its output in the file `log`.
+
+    With a `network`, a namespace of that name, it lives there, on a host of the name `host`.
+    """
 
     def __init__(
-        self, log: Path, arguments: Sequence[str], folder: Path | None = None, environment: Mapping[str, str] = {}
+        self,
+        log: Path,
+        arguments: Sequence[str],
+        folder: Path | None = None,
+        environment: Mapping[str, str] = {},
+        *,
+        network: str | None = None,
+        host: str | None = None,
     ) -> None:
         begin()
         self.log = log
         log.write_bytes(b"")
         self._process = context.Process(
-            target=_run, args=(log, list(arguments), folder or Path.cwd(), {**os.environ, **environment})
+            target=_run,
+            args=(log, list(arguments), folder or Path.cwd(), {**os.environ, **environment}, network, host),
         )
         self._process.start()
         assert self._process.pid is not None
@@ -102,8 +118,19 @@ def ranks(launcher: int) -> dict[int, int]:
     return found
 
 
-def _run(log: Path, arguments: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
+def _run(
+    log: Path,
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    network: str | None,
+    host: str | None,
+) -> NoReturn:
     os.setsid()
+    if network is not None:
+        enter_network(network)
+    if host is not None and ctypes.CDLL(None).unshare(_NEW_HOST) == 0:
+        socket.sethostname(host)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)

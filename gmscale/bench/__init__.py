@@ -15,6 +15,7 @@ usage: gmscale bench WHAT ...
   step    whole training steps: plain DDP, torch's hooks and our modes; ratios, bytes, memory
   mask    the masking alone on the gradients of real models, as a share of what a memory copy reaches
   comm    the same training steps over a link whose rate is limited (Linux, root)
+  plan    the step that gmscale plan predicts beside the measured one, over such links (Linux, root)
   loop    whole training runs beside those of timm's and Accelerate's loops: images/s, start-up, memory
   loader  input pipelines on the same JPEGs: images per CPU-second; a training's wait for data; the index at scale
 
@@ -69,6 +70,12 @@ def _comm(argv: list[str]) -> int:
     return comm(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from gmscale.bench.plan import main as plan
+
+    return plan(argv)
+
+
 def _loader(argv: list[str]) -> int:
     from gmscale.bench.loader import main as loader
 
@@ -85,6 +92,7 @@ _BENCHES: dict[str, Callable[[list[str]], int]] = {
     "step": _step,
     "mask": _mask,
     "comm": _comm,
+    "plan": _plan,
     "loop": _loop,
     "loader": _loader,
 }

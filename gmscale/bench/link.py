@@ -1,4 +1,4 @@
-"""Two network namespaces and a link between them whose rate can be limited: a slow network on one machine."""
+"""Network namespaces and links between them whose rates can be limited: a slow network on one machine."""
 
 import json
 import os
@@ -13,60 +13,66 @@ from gmscale.errors import RunError, UsageError
 
 UNLIMITED = "unlimited"
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_NAME = re.compile(r"gmscale-(\d+)-[ab]\b")
+_NAME = re.compile(r"gmscale-(\d+)-(?:[a-z]|hub)\b")
+_MOST_ENDS = 26  # each has a letter
+_BRIDGE = "bridge"
 
 
 class Link(NamedTuple):
     """Namespace, interface and address of each end."""
 
-    namespaces: tuple[str, str]
-    interfaces: tuple[str, str]
-    addresses: tuple[str, str]
+    namespaces: tuple[str, ...]
+    interfaces: tuple[str, ...]
+    addresses: tuple[str, ...]
+
+    def first(self, ends: int) -> "Link":
+        """Return so many of the ends."""
+        return Link(self.namespaces[:ends], self.interfaces[:ends], self.addresses[:ends])
 
 
 @contextmanager
-def veth_link() -> Iterator[Link]:
-    """Make two namespaces joined by a veth pair, and remove them on the way out.
+def veth_link(ends: int = 2, asked_by: str = "bench comm") -> Iterator[Link]:
+    """Make namespaces whose processes can talk to one another, and remove them on the way out.
 
-    Processes inside have to be ended before that. Raises RunError where the machine does not allow it.
+    Two are the ends of one veth pair; more hang on a bridge, which lives in a namespace of its own. Processes
+    inside have to be ended before that. Raises RunError where the machine does not allow it.
     """
+    assert 2 <= ends <= _MOST_ENDS
     for program in ("ip", "tc"):
         if shutil.which(program) is None:
             raise RunError(
-                f"bench comm needs network namespaces: there is no program {program!r} (install iproute2)"
+                f"{asked_by} needs network namespaces: there is no program {program!r} (install iproute2)"
             )
     if os.geteuid() != 0:
-        raise RunError("bench comm needs network namespaces, which only root can make; run it as root")
+        raise RunError(f"{asked_by} needs network namespaces, which only root can make; run it as root")
     _remove_leftovers()
+    own = f"gmscale-{os.getpid()}"
     link = Link(
-        (f"gmscale-{os.getpid()}-a", f"gmscale-{os.getpid()}-b"), ("gmscale0", "gmscale1"), ("10.0.0.1", "10.0.0.2")
+        tuple(f"{own}-{chr(ord('a') + end)}" for end in range(ends)),
+        tuple(f"gmscale{end}" for end in range(ends)),
+        tuple(f"10.0.0.{end + 1}" for end in range(ends)),
     )
+    hub = f"{own}-hub"
+    made = link.namespaces if ends == 2 else (*link.namespaces, hub)
     try:
-        for namespace in link.namespaces:
+        for namespace in made:
             _ip("netns", "add", namespace)
-        first, second = zip(link.interfaces, link.namespaces, strict=True)
-        _ip(
-            "link",
-            "add",
-            first[0],
-            "netns",
-            first[1],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            second[0],
-            "netns",
-            second[1],
-        )
+        if ends == 2:
+            _join((link.namespaces[0], link.interfaces[0]), (link.namespaces[1], link.interfaces[1]))
+        else:
+            _ip("-n", hub, "link", "add", _BRIDGE, "type", "bridge")
+            _ip("-n", hub, "link", "set", _BRIDGE, "up")
+            for namespace, interface in zip(link.namespaces, link.interfaces, strict=True):
+                _join((namespace, interface), (hub, interface))
+                _ip("-n", hub, "link", "set", interface, "master", _BRIDGE, "up")
         for namespace, interface, address in zip(*link, strict=True):
-            _ip("-n", namespace, "address", "add", f"{address}/30", "dev", interface)
+            _ip("-n", namespace, "address", "add", f"{address}/24", "dev", interface)
             _ip("-n", namespace, "link", "set", interface, "up")
             _ip("-n", namespace, "link", "set", "lo", "up")
             run("ip", "netns", "exec", namespace, "tc", *_qdisc(interface, "1gbit"))  # refused here or never
         yield link
     finally:
-        for namespace in link.namespaces:
+        for namespace in made:
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True)
 
 
@@ -95,6 +101,12 @@ def bytes_sent(interface: str) -> int:
     return int(shown["stats64"]["tx"]["bytes"])
 
 
+def _join(one: tuple[str, str], other: tuple[str, str]) -> None:
+    """Make a veth pair; its ends are (namespace, interface)."""
+    command = ("link", "add", one[1], "netns", one[0], "type", "veth", "peer", "name", other[1], "netns", other[0])
+    _ip(*command)
+
+
 def _qdisc(interface: str, rate: str) -> tuple[str, ...]:
     return ("qdisc", "replace", "dev", interface, "root", "tbf", "rate", rate, "burst", "64kb", "latency", "50ms")
 
@@ -104,7 +116,7 @@ def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         complaint = (done.stderr.strip() or f"status {done.returncode}").splitlines()[0]
-        raise RunError(f"bench comm cannot make its link here: `{' '.join(command)}` says: {complaint}")
+        raise RunError(f"gmscale bench cannot make its link here: `{' '.join(command)}` says: {complaint}")
     return done.stdout
 
 

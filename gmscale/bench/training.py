@@ -48,11 +48,11 @@ class Variant:
     """Mask the k x k convolutions and nothing else."""
     note: str = ""
 
-    def state(self) -> Any:
+    def state(self, group: dist.ProcessGroup) -> Any:
         """Return what the hook takes as its state."""
         if self.hook is powerSGD_hook:
-            return PowerSGDState(None, start_powerSGD_iter=_POWER_SGD_FROM)
-        return dist.group.WORLD
+            return PowerSGDState(group, start_powerSGD_iter=_POWER_SGD_FROM)
+        return group
 
 
 _log = GradientMask(operator="log", error_feedback=False)
@@ -93,9 +93,11 @@ class Setting:
 
 
 class Subject:
-    """One variant's model with everything a training step needs."""
+    """One variant's model with everything a training step needs; trained by the ranks of `group`, or by all."""
 
-    def __init__(self, variant: Variant, setting: Setting, world: World) -> None:
+    def __init__(
+        self, variant: Variant, setting: Setting, world: World, group: dist.ProcessGroup | None = None
+    ) -> None:
         torch.manual_seed(0)
         bare = create(setting).to(memory_format=torch.channels_last).to(world.device)
         self.model = DistributedDataParallel(
@@ -103,6 +105,7 @@ class Subject:
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             bucket_cap_mb=_bucket_cap_mb(variant, bare, world),
+            process_group=group,
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.attachment = self._attach(variant)
@@ -115,13 +118,14 @@ class Subject:
         mask = variant.mask
         if mask is None:
             if variant.hook is not None:
-                self.model.register_comm_hook(variant.state(), variant.hook)
+                self.model.register_comm_hook(variant.state(self.model.process_group), variant.hook)
             return None
         if variant.only_kernels:
             mask = replace(mask, include=kernel_names(self.model.module))
         if variant.hook is None:
             return attach(self.model, mask, variant.site)
-        return attach(self.model, mask, variant.site, hook=variant.hook, hook_state=variant.state())
+        state = variant.state(self.model.process_group)
+        return attach(self.model, mask, variant.site, hook=variant.hook, hook_state=state)
 
     def step(self, images: Tensor, labels: Tensor, observe: bool = False) -> None:
         """Do one training step; `observe` what the mask keeps."""

@@ -112,7 +112,7 @@ def optimizer_state(path: Path) -> Any:
     return unpack(json.loads(tree), tensors)
 
 
-def load_rank(path: Path, world: World) -> dict[str, Any]:
-    """Return what this rank saved as `per_rank`, with tensors on its device."""
-    tensors, tree = read_tensors(path / rank_name(world.rank))
+def load_rank(path: Path, world: World, rank: int | None = None) -> dict[str, Any]:
+    """Return what this rank, or another `rank`, saved as `per_rank`, with tensors on this one's device."""
+    tensors, tree = read_tensors(path / rank_name(world.rank if rank is None else rank))
     return unpack(json.loads(tree), {k: t.to(world.device) for k, t in tensors.items()})

@@ -49,7 +49,8 @@ class Saver:
     """Writes the checkpoints of a run and removes old ones; every method is called by all ranks.
 
     In the `background` the files are written while training goes on; otherwise before `save` returns. A checkpoint
-    that cannot be written costs a warning, given to rank 0's `warn`, and those before it stay.
+    that cannot be written costs a warning, given to rank 0's `warn`, and those before it stay. Before anything is
+    written or removed there, rank 0's `check_owner` raises RunError if the directory is another's by now.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Saver:
         keep_best: int,
         background: bool,
         warn: Callable[[str], None],
+        check_owner: Callable[[], None],
     ) -> None:
         self._run_dir, self._world = run_dir, world
+        self._check_owner = check_owner
         self._keep, self._keep_best = keep, keep_best
         self._background, self._warn = background, warn
         self._copies = Copies()
@@ -98,9 +101,10 @@ class Saver:
         """
         self._settle()
         self._tell()
-        if self._world.is_main:
-            sweep(self._run_dir)  # what could not be discarded
-        parallel.barrier(self._world)  # from here on ranks write
+        with parallel.together(self._world):  # from here on ranks write
+            if self._world.is_main:
+                self._check_owner()
+                sweep(self._run_dir)  # what could not be discarded
         files, draft = pages(contents, self._world), self._drafted(step, contents, top1)
         if self._background:
             files = self._copies.of(files)
@@ -183,6 +187,7 @@ class Saver:
         for name in self._draft.of_all_ranks:
             if not (temporary / name).is_file():
                 raise OSError(f"{name} is not there; run.dir must be one directory for all ranks")
+        self._check_owner()
         write_durably(temporary / "state.json", self._draft.state)
         sync(temporary)
         if final.exists():  # without its state.json, or not known to be on the disk

@@ -43,7 +43,7 @@ MAY_CHANGE_ON_RESUME = {
         "allow_pipe",
         "max_bad_share",
     },
-    "parallel": {"timeout_s", "threads"},
+    "parallel": {"elastic", "timeout_s", "threads"},
 }
 
 

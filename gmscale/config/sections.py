@@ -266,6 +266,9 @@ class ParallelConfig:
 
     backend: Literal["auto", "single", "ddp", "deepspeed", "fsdp2"] = "auto"
     """auto is ddp under torchrun, else single."""
+    elastic: bool = False
+    """single and ddp: let the run go on with another number of processes. The global batch stays that of the run's
+    beginning, optim.grad_accum_steps follows."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """deepspeed: what ZeRO partitions (1 optimizer state, 2 also gradients, 3 also weights)."""
     overlap_comm: bool = True

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gmscale import build, checkpoint, costs, environment, parallel, rundir
+from gmscale import build, checkpoint, costs, elastic, environment, parallel, rundir
 from gmscale.build import Validation
 from gmscale.config import TrainConfig
 from gmscale.data import ValLoader, order
@@ -38,6 +38,11 @@ def dry_run(config: TrainConfig, options: Options, world: World) -> dict[str, An
     with parallel.together(world):
         done = rundir.finished(run_dir, config)
         newest = checkpoint.latest(run_dir)
+        start = checkpoint.read(newest)["step"] if newest else 0
+        # without its data the run in that directory cannot be told to be this one
+        known = rundir.world_sizes(run_dir, newest, config, world) if options.samples is None else [(0, world.size)]
+        division = elastic.divide(config, world, known, start)
+        asked, config = config, division.config
     build.prepare_process(config, world)
     data = _known_data(config, options, world)
     devices = options.devices or world.size
@@ -51,8 +56,8 @@ def dry_run(config: TrainConfig, options: Options, world: World) -> dict[str, An
     with parallel.together(world):
         build.probe(state.attachment, config)
         if newest is not None and data.fingerprint is not None:
-            identity = rundir.identity(config, world, data.fingerprint, state.attachments)
-            rundir.check_identity(newest, identity, config)
+            identity = rundir.identity(asked, division.history, data.fingerprint, state.attachments)
+            rundir.check_identity(newest, identity, asked)
 
     rehearsal = Rehearsal(state, config, world, data.classes, total_steps)
     try:
@@ -85,7 +90,9 @@ def dry_run(config: TrainConfig, options: Options, world: World) -> dict[str, An
     if done is not None:
         notes.append(f"{run_dir} holds this run, finished; a start would do nothing")
     elif newest is not None:
-        notes.append(f"{run_dir} holds this run; a start goes on after step {checkpoint.read(newest)['step']}")
+        notes.append(f"{run_dir} holds this run; a start goes on after step {start}")
+    if division.change:
+        notes.append(f"a start {division.change}")
     if state.loaded is not None:
         notes.append(state.loaded.summary())
     if options.samples is not None:

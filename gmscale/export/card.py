@@ -146,7 +146,7 @@ def _data(trained: Trained) -> Rows:
 
 
 def _training(trained: Trained) -> Rows:
-    config, world = trained.config, trained.run.environment.get("world_size")
+    config, world = trained.config, next(iter(trained.run.processes), None)  # the batch is that of the beginning
     optim, run = config.optim, config.run
     per_device = config.data.batch_size_per_device
     accumulated = f" x {optim.grad_accum_steps} accumulated" if optim.grad_accum_steps > 1 else ""
@@ -247,13 +247,13 @@ def _results(trained: Trained) -> list[dict[str, Any]]:
 
 
 def _environment(trained: Trained) -> Rows:
-    found = trained.run.environment
+    found, processes = trained.run.environment, " then ".join(map(str, trained.run.processes))
     commit = str(found.get("commit") or "")
     rows = [
         ("Versions", ", ".join(f"{name} {found[name]}" for name in _PACKAGES if found.get(name))),
         ("Commit of gmscale", f"{commit.rstrip('+')[:12]}{' with changes' if commit.endswith('+') else ''}"),
         ("Device", str(found.get("device") or "")),
-        ("Processes", f"{found['world_size']} ({found.get('backend')})" if found.get("world_size") else ""),
+        ("Processes", f"{processes} ({found.get('backend')})" if processes else ""),
     ]
     return _known(rows)
 

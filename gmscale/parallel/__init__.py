@@ -4,10 +4,9 @@ from torch import OutOfMemoryError
 
 from gmscale.parallel.back_ends import wrap
 from gmscale.parallel.batch_norm import set_batch_norm
-from gmscale.parallel.failure import PeerError, announce_failure, failed_elsewhere, together
+from gmscale.parallel.failure import PeerError, announce_failure, failed_elsewhere, is_of_a_collective, together
 from gmscale.parallel.processes import cores, end_process, init, peak_memory_mb, shutdown
 from gmscale.parallel.replicated import Replicated
-from gmscale.parallel.stopping import STOPPED, StopRequest
 from gmscale.parallel.world import (
     World,
     any_rank,
@@ -21,12 +20,10 @@ from gmscale.parallel.world import (
 from gmscale.parallel.wrapped import Stepped, WeightShard, Wrapped
 
 __all__ = [
-    "STOPPED",
     "OutOfMemoryError",
     "PeerError",
     "Replicated",
     "Stepped",
-    "StopRequest",
     "WeightShard",
     "World",
     "Wrapped",
@@ -39,6 +36,7 @@ __all__ = [
     "end_process",
     "failed_elsewhere",
     "init",
+    "is_of_a_collective",
     "largest_over_ranks",
     "of_all_ranks",
     "peak_memory_mb",

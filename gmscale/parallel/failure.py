@@ -5,12 +5,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from gmscale.errors import RunError
+from gmscale.launched import launcher_pid
 from gmscale.parallel.world import World
+
+
+def is_of_a_collective(error: BaseException) -> bool:
+    """Return whether an operation between ranks failed: a peer is gone, or did not come."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 class PeerError(RunError):
@@ -67,13 +73,14 @@ def failed_elsewhere(world: World, wait_s: float = 3.0) -> bool:
 
 
 class Watch:
-    """A thread that ends this process when another rank has failed.
+    """A thread that ends this process when another rank has failed, or when who started it is gone.
 
     Its collectives may wait for that rank until their time-out, on a GPU without ever returning to Python.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._parent = launcher_pid()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -84,11 +91,19 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        store = self._world.store
         while not self._stopped.wait(1.0):
-            try:
-                failed = store.check(["any"]) and not store.check([f"rank{self._world.rank}"])
-            except Exception:  # the store's host is gone; the collectives will say so
-                return
-            if failed and not self._stopped.wait(3.0):  # the main thread usually ends by itself, in order
-                os._exit(1)
+            if os.getppid() != self._parent:  # a launcher that was killed ended nobody, and may be started again
+                self._end("the launcher is gone")
+            if self._failed_elsewhere() and not self._stopped.wait(3.0):  # usually the main thread ends, in order
+                self._end("another rank failed")
+
+    def _failed_elsewhere(self) -> bool:
+        store = self._world.store
+        try:
+            return store.check(["any"]) and not store.check([f"rank{self._world.rank}"])
+        except Exception:  # the store's host is gone; the collectives will say so
+            return False
+
+    def _end(self, reason: str) -> NoReturn:
+        self._world.heartbeat.leave(1, reason, by_peer=True)
+        os._exit(1)

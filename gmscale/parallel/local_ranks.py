@@ -109,7 +109,7 @@ def _rank(
     try:
         os.environ.update(environ)
         if namespace is not None:
-            _enter(namespace)
+            enter_network(namespace)
         world = init(parallel or ParallelConfig())
         pipe.send(("done", function(world, *args)))
         pipe.poll(None)  # a rank that leaves early breaks the collectives of the others: all wait to be ended
@@ -140,7 +140,7 @@ def _end_with(pipe: Connection) -> None:
     os._exit(1)
 
 
-def _enter(namespace: str) -> None:
+def enter_network(namespace: str) -> None:
     """Move this process into a named network namespace (os.setns needs Python 3.12)."""
     with open(f"/run/netns/{namespace}") as file:
         if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _NEW_NETWORK) != 0:

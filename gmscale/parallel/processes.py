@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from gmscale.config import ParallelConfig
 from gmscale.errors import UsageError
+from gmscale.heartbeat import Heartbeat
+from gmscale.launched import world_name
 from gmscale.parallel.failure import Watch
 from gmscale.parallel.world import World
 
@@ -39,15 +41,17 @@ def init(config: ParallelConfig) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    world = World(int(os.environ.get("RANK", "0")), local_rank, size, device, backend)
+    rank = int(os.environ.get("RANK", "0"))
+    world = World(rank, local_rank, size, device, backend, heartbeat=Heartbeat(rank, size))
     return world if backend == "single" else _join(world, config)
 
 
 def _join(world: World, config: ParallelConfig) -> World:
     timeout = timedelta(seconds=config.timeout_s)
+    world.heartbeat.at("joining the others")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     # torchrun's restarts may share one store: addresses and failures of an earlier attempt are not this one's
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(world_name() if dist.is_torchelastic_launched() else "", store)
     dist.init_process_group(
         "nccl" if world.device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),

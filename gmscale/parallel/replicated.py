@@ -100,8 +100,9 @@ class Replicated(Wrapped):
     def load_optimizer_state(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(dict(shared["optimizer"]))
         self._scaler.load_state_dict(dict(shared["scaler"]))
-        for name, statistics in self._statistics().items():
-            statistics.copy_(own["statistics"][name])
+        buffers = dict(self.bare.named_buffers())
+        for name, statistics in own["statistics"].items():
+            buffers[name].copy_(statistics)
 
     def _statistics(self) -> dict[str, Tensor]:
         """Return the batch-norm statistics that are this rank's own."""

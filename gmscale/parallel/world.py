@@ -1,11 +1,13 @@
 """World: this process among the others, and the small collectives that all of them call."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from gmscale.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
@@ -25,7 +27,9 @@ class World:
     store: Any = None
     """Key-value store of the job, where a failing rank leaves its mark; None in one process."""
     watch: Any = None
-    """Ends this process when another rank has failed."""
+    """Ends this process when another rank has failed, or the launcher is gone."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    """Says where this rank is, to those who watch the job."""
 
     @property
     def is_main(self) -> bool:

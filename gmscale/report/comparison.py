@@ -125,7 +125,7 @@ def _identity(run: Run) -> dict[str, Any]:
     if not run.masked:
         kept = {key: value for key, value in kept.items() if not key.startswith("mask.")}
     kept["run.epochs"] = run.setting("run.epochs")
-    kept["world size"] = run.environment.get("world_size")
+    kept["world size"] = " then ".join(map(str, run.processes))
     return kept
 
 

@@ -19,7 +19,8 @@ from gmscale.statistics import ENOUGH_SEEDS
 MAX_SAMPLES = 12
 _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 # environment.json fields with a place of their own on the page, or of no use to a reader.
-_NOT_VERSIONS = {"commit", "hostname", "device", "world_size", "threads", "command", "backend", "platform"}
+_NOT_VERSIONS = {"commit", "hostname", "device", "threads", "command", "backend", "platform"}
+_NOT_VERSIONS |= {"world_size", "world_sizes"}
 
 
 def write_report(paths: Iterable[str | Path], out: str | Path | None = None) -> Path:
@@ -123,7 +124,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("Epochs", setting("run.epochs")),
         ("Optimizer", setting("optim.opt")),
         ("Learning rate", setting("optim.lr")),
-        ("World size", environment("world_size")),
+        ("World size", _several(" then ".join(map(str, run.processes)) for run in runs)),
         ("Batch per device", setting("data.batch_size_per_device")),
         ("Device", environment("device")),
         ("Mask touches", _several(_touches(run) for run in runs if run.masked)),

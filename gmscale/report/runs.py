@@ -66,6 +66,12 @@ class Run:
         return " + ".join(parts) or NO_MASK
 
     @property
+    def processes(self) -> list[int]:
+        """The numbers of processes that the run had, one after another; the first decided its global batch."""
+        now = self.environment.get("world_size")
+        return [size for _, size in self.environment.get("world_sizes", [])] or ([] if now is None else [now])
+
+    @property
     def finished(self) -> bool:
         return self.summary is not None
 

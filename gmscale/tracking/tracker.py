@@ -20,7 +20,8 @@ from gmscale.tracking.jsonl import cut_back, finite, line_of, read_records
 from gmscale.tracking.lines import duration, skipped_line, train_line, validation_line
 from gmscale.tracking.weights_and_biases import WandbRun
 
-_OF_LAYERS = {"layers", "quality"}  # phases that a person reads in figures, not line by line
+# Phases that a person reads in figures, not line by line; and one of which the run says more in words of its own.
+_NOT_SHOWN = {"layers", "quality", "world"}
 
 
 def plain_console() -> Console:
@@ -65,7 +66,7 @@ class Tracker:
             self._wandb.finish(failed=kind is not None)
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """Record one line of `phase` at `step` and show it, values of layers only in the files."""
+        """Record one line of `phase` at `step` and show it, but values of layers only in the files."""
         record = {"step": step, "epoch": round(step * self._epochs / self._total_steps, 4), "phase": phase}
         record |= finite(values)
         self._file.append(line_of(record))
@@ -73,7 +74,7 @@ class Tracker:
         self._board.add(scalars, step)
         if self._wandb:
             self._wandb.add(scalars, step)
-        if phase not in _OF_LAYERS:
+        if phase not in _NOT_SHOWN:
             self._show(phase, step, record)
 
     def sync(self) -> None:

@@ -1,31 +1,43 @@
-"""Stopping on request: a signal sets a flag, which the training loop reads between two steps."""
+"""Stopping on request: a signal sets a flag, which the training loop reads between two steps.
+
+Without torch, so that a command can listen before its seconds of imports.
+"""
 
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 STOPPED = 75  # sysexits EX_TEMPFAIL: checkpointed on request; the same command goes on
 
 
 class StopRequest:
-    """Whether SIGTERM, SIGUSR1 or SIGINT asked this process to stop; the handler only sets a flag."""
+    """Whether SIGTERM, SIGUSR1 or SIGINT asked this process to stop; the handler only sets a flag.
+
+    One inside another knows what the outer one has heard.
+    """
 
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    _innermost: ClassVar["StopRequest | None"] = None
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._outer: StopRequest | None = None
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._on_signal) for s in self.signals}
+            self._outer, StopRequest._innermost = StopRequest._innermost, self
+            self.requested = self._outer is not None and self._outer.requested
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            StopRequest._innermost = self._outer
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

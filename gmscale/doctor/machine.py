@@ -1,4 +1,4 @@
-"""gmscale doctor: what works on this machine, and what to do about the rest."""
+"""What works on this machine."""
 
 import os
 import shutil
@@ -6,17 +6,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from gmscale import __version__
+from gmscale.doctor.finding import Finding
 from gmscale.environment import PACKAGES, commit, package_version
-from gmscale.errors import OneLineParser
 from gmscale.parallel import cores, end_process
-from gmscale.tracking import plain_console
 
 _EXTRAS = {
     "embedded": ("mlxtend", "scikit-image", "scikit-learn"),
@@ -29,33 +27,6 @@ _EXTRAS = {
 }
 _OLDEST_TORCH = (2, 8)
 _TIMEOUT_S = 120
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `remedy` says what to do when it is not `ok`."""
-
-    name: str
-    ok: bool
-    detail: str
-    remedy: str = ""
-    optional: bool = False
-
-
-def main(argv: list[str]) -> int:
-    """Print the findings; return 0 if everything that is not optional works, else 1."""
-    parser = OneLineParser(prog="gmscale doctor", description=__doc__)
-    parser.add_argument("--dir", default=".", help="Directory in which runs will be written.")
-    arguments = parser.parse_args(argv)
-    console = plain_console()
-    healthy = True
-    for finding in examine(Path(arguments.dir)):
-        mark = "ok  " if finding.ok else ("-   " if finding.optional else "FAIL")
-        console.print(f"{mark} {finding.name:<22} {finding.detail}", highlight=False, markup=False, soft_wrap=True)
-        if not finding.ok:
-            console.print(f"     {'':<22} -> {finding.remedy}", highlight=False, markup=False, soft_wrap=True)
-            healthy = healthy and finding.optional
-    return 0 if healthy else 1
 
 
 def examine(directory: Path) -> Iterator[Finding]:
@@ -120,7 +91,7 @@ def _all_reduce(backend: str, processes: int) -> Finding:
     name = f"{backend} all-reduce"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-        "-m", "gmscale.doctor", backend,
+        "-m", "gmscale.doctor.machine", backend,
     ]  # fmt: skip
     try:
         result = subprocess.run(

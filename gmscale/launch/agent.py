@@ -1,0 +1,260 @@
+"""One node's launcher at work: torchelastic's agent, with our reports, statuses and manners of stopping."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+from gmscale import diagnosis, heartbeat, launched
+from gmscale.heartbeat import Record
+from gmscale.launch.console import say
+from gmscale.launch.meeting import EndedError, Meeting, Verdict, interrupt_main_thread
+from gmscale.launch.topology import Topology
+from gmscale.stopping import STOPPED, StopRequest
+
+_PATIENCE_S = 3.0  # for ranks that end after a failure, before they are killed
+_WORD_S = 3.0  # for another launcher to say whether a failure there is the end
+_LAST_CALL_S = 5.0  # for more nodes, once the least number is there
+_KEEP_ALIVE_S, _KEEP_ALIVE_ATTEMPTS = 2, 3
+
+
+class Agent(LocalElasticAgent):
+    """Starts this node's ranks, watches them, and starts them again."""
+
+    def __init__(self, topology: Topology, meeting: Meeting, command: Sequence[str], folder: Path) -> None:
+        backend = C10dRendezvousBackend(meeting.store, topology.run_id)
+        handler = DynamicRendezvousHandler.from_backend(
+            topology.run_id,
+            meeting.store,
+            backend,
+            topology.min_nodes,
+            topology.max_nodes,
+            local_addr=topology.route.address,
+            timeout=RendezvousTimeout(
+                join=timedelta(seconds=topology.join_timeout_s), last_call=timedelta(seconds=_LAST_CALL_S)
+            ),
+            keep_alive_interval=_KEEP_ALIVE_S,
+            keep_alive_max_attempt=_KEEP_ALIVE_ATTEMPTS,
+        )
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=topology.nproc_per_node,
+            rdzv_handler=handler,
+            entrypoint=sys.executable,
+            args=("-m", "gmscale", *command),
+            max_restarts=topology.max_restarts,
+            monitor_interval=0.1,
+            local_addr=topology.route.address,
+        )
+        super().__init__(spec, DefaultLogsSpecs(log_dir=str(folder / "logs")))
+        self._topology, self._meeting, self._handler = topology, meeting, handler
+        self._folder = folder / "heartbeats"
+        self._folder.mkdir()
+        os.environ[launched.HEARTBEATS] = str(self._folder)
+        os.environ[launched.LAUNCHER] = str(os.getpid())
+        os.environ[launched.MOST_RANKS] = str(topology.max_nodes * topology.nproc_per_node)
+        self._stop_since: float | None = None
+        self._failures = 0
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def supervise(self, stop: StopRequest) -> int:
+        """Run the job to its end; return the exit status. Raises EndedError if it ends before its time.
+
+        `stop` is what has listened for signals until now.
+        """
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        if stop.requested:
+            raise EndedError(STOPPED, ["asked to stop before any rank had begun"])
+        signal.signal(signal.SIGUSR2, self._on_verdict)
+        self._meeting.listen(interrupt_main_thread)
+        try:
+            self.run()
+        except SignalException as caught:
+            raise EndedError(STOPPED, [f"stopped by {caught.sigval.name} before any rank had begun"]) from None
+        except RendezvousTimeoutError:
+            here = ", ".join(self._meeting.names())
+            raise EndedError(
+                1,
+                [
+                    f"waited {self._topology.join_timeout_s:.0f} s for {self._topology.nodes} nodes; "
+                    f"these have come since the beginning: {here}"
+                ],
+            ) from None
+        except RendezvousError as error:
+            self._heed_verdict()
+            raise EndedError(1, [f"lost the other launchers: {' '.join(str(error).split())[:200]}"]) from None
+        status = max((record.status or 0 for record in self._own_records()), default=0)
+        return status
+
+    # -- what torchelastic calls -----------------------------------------------------------------------------------
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        # all launchers of this start call it the same, which their own counts of restarts do not give
+        store: Any = worker_group.store
+        if worker_group.group_rank == 0:
+            store.set("attempt", str(self._meeting.store.add("attempts", 1)))
+        attempt = int(store.get("attempt"))
+        os.environ[launched.WORLD] = f"{self._meeting.launch}.{attempt}"
+        for path in self._folder.glob("rank-*.json"):
+            path.unlink()
+        if attempt > 1 and worker_group.group_rank == 0:
+            say(f"start {attempt}: {worker_group.group_world_size} nodes, {len(worker_group.workers)} ranks here")
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        pids = super()._start_workers(worker_group)
+        context: Any = self._pcontext
+        close = context.close
+        # after a failure there is nothing that the other ranks could save, and a stopped one ignores SIGTERM
+        context.close = lambda death_sig=None, timeout=30: close(death_sig, min(timeout, _PATIENCE_S))
+        return pids
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        # a node has come: what was trained since the last save is kept, if the ranks elsewhere can still agree
+        if worker_group.state == WorkerState.HEALTHY and not self._meeting.has_failed(launched.world_name()):
+            self._ask_to_stop()
+            deadline = time.monotonic() + self._topology.grace_s
+            while time.monotonic() < deadline and self._pcontext is not None and self._pcontext.wait(0) is None:
+                time.sleep(0.05)
+        super()._stop_workers(worker_group)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self._stop_since is not None and time.monotonic() - self._stop_since > self._topology.grace_s:
+            said = f"asked to stop {self._topology.grace_s:.0f} s ago, and ranks still run; they are killed now"
+            raise EndedError(STOPPED, [said, *self._diagnosis({})])
+        exits = self._exits(worker_group)  # looked at before torchelastic ends the others and mixes them up
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.SUCCEEDED:
+            self._judge_end()
+            if self._stopped_for_newcomer():
+                return RunResult(state=WorkerState.HEALTHY)  # and so torchelastic lets them in
+        elif result.is_failed():
+            self._judge_failure(exits or {rank: failure.exitcode for rank, failure in result.failures.items()})
+        return result
+
+    def _exits(self, worker_group: WorkerGroup) -> dict[int, int]:
+        """Return the statuses of the ranks that have failed, negative for signals, without reaping them."""
+        found = {}
+        for worker in worker_group.workers:
+            try:
+                exited = os.waitid(os.P_PID, worker.id, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # reaped already, after it had succeeded
+                continue
+            if exited is not None and exited.si_status != 0:
+                by_exit = exited.si_code == os.CLD_EXITED
+                found[worker.global_rank] = exited.si_status if by_exit else -exited.si_status
+        return found
+
+    # -- judging ---------------------------------------------------------------------------------------------------
+
+    def _judge_end(self) -> None:
+        """Raise EndedError if ranks left with a status that to start them again would not change."""
+        records = self._own_records()
+        wrong = [record for record in records if record.status not in (None, 0, STOPPED)]
+        if wrong:
+            self._end(wrong[0].status or 1, [])
+
+    def _stopped_for_newcomer(self) -> bool:
+        stopped = any(record.status == STOPPED for record in self._own_records())
+        return stopped and self._stop_since is None and self._handler.num_nodes_waiting() > 0
+
+    def _judge_failure(self, exits: dict[int, int]) -> None:
+        """Say why ranks failed. Raise EndedError if they are not to be started again."""
+        own = {record.rank: record for record in self._own_records()}
+        lines = self._diagnosis(exits)
+        left = [own[rank] for rank in exits if rank in own and own[rank].status is not None]
+        if all(record.status == STOPPED for record in left) and len(left) == len(exits):
+            raise EndedError(STOPPED)
+        if self._stop_since is not None:
+            raise EndedError(
+                STOPPED, [*lines, "this came after the job was asked to stop: it goes on from its checkpoint"]
+            )
+        final = [record for record in left if record.final]
+        if final:
+            self._end(final[0].status or 1, lines)
+        if all(record.by_peer for record in left) and len(left) == len(exits):
+            self._wait_for_verdict()
+        self._failures += 1
+        if self._failures > self._topology.max_restarts:
+            self._end(
+                1, [*lines, f"{self._failures} failures, and --max_restarts is {self._topology.max_restarts}"]
+            )
+        self._meeting.report_failure(launched.world_name())
+        for line in lines:
+            say(line)
+        say(f"the ranks start again from the last checkpoint ({self._failures} of {self._topology.max_restarts})")
+
+    def _end(self, status: int, lines: list[str]) -> None:
+        """Tell the other launchers, and end."""
+        self._meeting.tell(Verdict(status, self._topology.host, lines))
+        raise EndedError(status, lines)
+
+    def _diagnosis(self, exits: dict[int, int]) -> list[str]:
+        records = {record.rank: record for record in self._shared_records()}
+        for own in self._own_records():  # the exact one, and seen when either was
+            shared = records.get(own.rank)
+            if shared is not None:
+                own.seen = max(own.seen, shared.seen)
+            records[own.rank] = own
+        size = next((record.size for record in records.values()), 0)
+        return diagnosis.of_exits(exits, sorted(records.values(), key=lambda r: r.rank), size, time.time())
+
+    def _own_records(self) -> list[Record]:
+        return [r for r in heartbeat.read_all(self._folder) if r.world == launched.world_name()]
+
+    def _shared_records(self) -> list[Record]:
+        folder = next((record.folder for record in self._own_records() if record.folder), None)
+        if folder is None:
+            return []
+        return [r for r in heartbeat.read_all(Path(folder)) if r.world == launched.world_name()]
+
+    # -- signals ---------------------------------------------------------------------------------------------------
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop_since is not None:
+            if number == signal.SIGINT:
+                raise EndedError(STOPPED, ["interrupted a second time: killed"])
+            return
+        self._stop_since = time.monotonic()
+        if not self._ask_to_stop():
+            raise SignalException("no rank has begun", signal.Signals(number))
+
+    def _ask_to_stop(self) -> bool:
+        """Ask this node's ranks to stop at their next step boundary; return whether there were some."""
+        pids = [worker.id for worker in self.get_worker_group().workers if worker.id]
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGUSR1)
+            except ProcessLookupError:
+                continue
+        return bool(pids) and self.get_worker_group().state == WorkerState.HEALTHY
+
+    def _on_verdict(self, number: int, frame: FrameType | None) -> None:
+        self._heed_verdict()
+
+    def _wait_for_verdict(self) -> None:
+        deadline = time.monotonic() + _WORD_S
+        while time.monotonic() < deadline:
+            self._heed_verdict()
+            time.sleep(0.1)
+
+    def _heed_verdict(self) -> None:
+        verdict = self._meeting.verdict
+        if verdict is not None and verdict.host != self._topology.host:
+            said = f"ended because of {verdict.host}: " if verdict.host else ""
+            raise EndedError(verdict.status, [said + line for line in verdict.lines])
