@@ -46,8 +46,11 @@ class Cluster:
         nodes = self.nodes(devices)
         if nodes == 1:
             return self.inside
-        hops = nodes * self.between.latency_s + (devices - nodes) * self.inside.latency_s
-        return Link(min(self.between.bytes_per_s, self.inside.bytes_per_s), hops / devices)
+        hops = [(nodes, self.between), (devices - nodes, self.inside)]
+        return Link(
+            bytes_per_s=min(link.bytes_per_s for number, link in hops if number),
+            latency_s=sum(number * link.latency_s for number, link in hops) / devices,
+        )
 
 
 @dataclass(frozen=True)

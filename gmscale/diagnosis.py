@@ -3,9 +3,9 @@
 import signal
 from collections.abc import Mapping, Sequence
 
-from gmscale.heartbeat import Record
+from gmscale.heartbeat import Record, period_s
 
-SILENT_S = 6.0  # three heartbeats: so much later than another rank's last one, and a rank hangs or is gone
+SILENT = 3  # heartbeats later than another rank's last one, and a rank hangs or is gone
 _MOST = 4  # lines about single ranks
 
 
@@ -16,6 +16,9 @@ def of_exits(exits: Mapping[int, int], records: Sequence[Record], size: int, now
     """
     by_rank = {record.rank: record for record in records}
     causes = [rank for rank, status in exits.items() if _is_own(status, by_rank.get(rank))]
+    late = of_records(records, size, now) if all(exits[rank] == -signal.SIGABRT for rank in causes) else []
+    if causes and late:  # NCCL's watchdog aborts a rank that waits for another
+        return _cut(late + [_ended(rank, exits[rank], by_rank.get(rank)) for rank in sorted(causes)])
     told = [r for r in records if r.rank not in exits and r.status not in (None, 0) and not r.by_peer]
     if causes or told:
         lines = [_ended(rank, exits[rank], by_rank.get(rank)) for rank in sorted(causes)]
@@ -34,7 +37,7 @@ def of_records(records: Sequence[Record], size: int, now: float) -> list[str]:
     newest = max(record.seen for record in records)
     missing = sorted(set(range(size)) - {record.rank for record in records})
     waiting = [record for record in records if record.status is None or record.by_peer]
-    silent = [r for r in waiting if r.status is None and newest - r.seen > SILENT_S]
+    silent = [r for r in waiting if r.status is None and newest - r.seen > SILENT * period_s(size)]
     lines = [f"rank {rank} never said a word: it did not start, or its node is gone" for rank in missing]
     lines += [
         f"{_name(r)} gave no sign of life for {now - r.seen:.0f} s, last in {r.where}: it hangs, or is gone"

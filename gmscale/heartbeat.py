@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gmscale.launched import HEARTBEATS, world_name
 
-_LENGTH = 1024  # of a record; a longer error is cut
-PERIOD_S = 2.0
+_LENGTH = 2048  # of a record; a longer error is cut
+_PERIOD_S = 2.0
 _WRITES_PER_S = 100  # of all ranks together into the shared folder
 
 
@@ -129,8 +129,7 @@ class Heartbeat:
         self._local = self._shared = None
 
     def _pulse(self, ended: threading.Event) -> None:
-        period_s = max(PERIOD_S, self._record.size / _WRITES_PER_S)
-        while not ended.wait(period_s):
+        while not ended.wait(period_s(self._record.size)):
             self._write(self._shared)
             with suppress(OSError):
                 if self._shared is not None:
@@ -140,11 +139,20 @@ class Heartbeat:
         if file is None:
             return
         self._record.seen = time.time()
-        text = json.dumps(asdict(self._record))
-        if len(text) >= _LENGTH:
-            text = json.dumps(asdict(self._record) | {"error": self._record.error[:300]})
+        text, error = self._text(), self._record.error
+        while len(text) >= _LENGTH and error:
+            error = error[: len(error) * 3 // 4]
+            text = self._text(error=error)
         with suppress(OSError):
-            os.pwrite(file, text.encode().ljust(_LENGTH - 1) + b"\n", 0)
+            os.pwrite(file, text.ljust(_LENGTH - 1) + b"\n", 0)
+
+    def _text(self, **instead: str) -> bytes:
+        return json.dumps(vars(self._record) | instead, ensure_ascii=False).encode()
+
+
+def period_s(size: int) -> float:
+    """Return the seconds between two heartbeats of a rank of `size`."""
+    return max(_PERIOD_S, size / _WRITES_PER_S)
 
 
 def read_all(folder: Path) -> list[Record]:
@@ -161,4 +169,4 @@ def _read(folder: Path) -> Iterator[Record]:
 
 
 def _open(folder: Path, rank: int) -> int:
-    return os.open(folder / f"rank-{rank:05d}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+    return os.open(folder / f"rank-{rank:05d}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

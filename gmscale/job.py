@@ -1,6 +1,7 @@
 """One command in the process group: how its processes begin, fail and end, so that a job ends as a whole."""
 
 import atexit
+import errno
 import sys
 import time
 import traceback
@@ -46,6 +47,8 @@ def _explain_failure(error: BaseException, world: Any) -> int:
             f"{' '.join(str(error).split())[:200]} ...; lower data.batch_size_per_device (optim.grad_accum_steps "
             "makes up for it), or set model.grad_checkpointing true or optim.amp bf16"
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        error = RunError(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     said = str(error) if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: {error}"
     final = isinstance(error, UsageError | RunError) and not isinstance(error, parallel.PeerError)
     by_peer = isinstance(error, parallel.PeerError) or parallel.is_of_a_collective(error)

@@ -24,8 +24,10 @@ def world_name() -> str:
     given = os.environ.get(WORLD)
     if given:
         return given
-    run, attempt = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
-    return f"{run}.{attempt}" if run else f"{socket.gethostname()}-{os.getpid()}.0"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        run, attempt = (os.environ[f"TORCHELASTIC_{name}"] for name in ("RUN_ID", "RESTART_COUNT"))
+        return f"{run}-{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}.{attempt}"
+    return f"{socket.gethostname()}-{os.getpid()}.0"
 
 
 def most_ranks(size: int) -> int:

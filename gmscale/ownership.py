@@ -14,9 +14,9 @@ from pathlib import Path
 
 from gmscale import heartbeat, launched
 from gmscale.errors import RunError, UsageError
-from gmscale.heartbeat import PERIOD_S, Record
+from gmscale.heartbeat import Record, period_s
 
-_ALIVE_S = 2.5 * PERIOD_S  # within which a living rank has written its record again
+_ALIVE = 2.5  # heartbeats, within which a living rank has written its record again
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _take(folder: Path) -> Owner:
 def _refuse_company(run_dir: Path) -> None:
     """Raise UsageError if ranks of another start still write their heartbeats, after time to end."""
     folder = run_dir / "heartbeats"
-    deadline = time.monotonic() + _ALIVE_S
     before = {record.rank: record for record in _others(folder)}
+    deadline = time.monotonic() + _ALIVE * max((period_s(record.size) for record in before.values()), default=0.0)
     while before and time.monotonic() < deadline:
         time.sleep(0.1)
         now = {record.rank: record for record in _others(folder)}

@@ -13,12 +13,11 @@ STOPPED = 75  # sysexits EX_TEMPFAIL: checkpointed on request; the same command 
 
 
 class StopRequest:
-    """Whether SIGTERM, SIGUSR1 or SIGINT asked this process to stop; the handler only sets a flag.
+    """Whether SIGTERM, SIGUSR1, SIGINT or SIGHUP asked this process to stop; the handler only sets a flag.
 
-    One inside another knows what the outer one has heard.
+    One inside another knows what the outer one has heard, and the outer one what the inner has.
     """
 
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     _innermost: ClassVar["StopRequest | None"] = None
 
     def __init__(self) -> None:
@@ -26,9 +25,15 @@ class StopRequest:
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._outer: StopRequest | None = None
 
+    @staticmethod
+    def listens_to() -> tuple[signal.Signals, ...]:
+        """Return the signals that ask to stop. Not a hang-up that somebody wants ignored, as nohup does."""
+        always = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        return always if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*always, signal.SIGHUP)
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._on_signal) for s in self.signals}
+            self._before = {s: signal.signal(s, self._on_signal) for s in self.listens_to()}
             self._outer, StopRequest._innermost = StopRequest._innermost, self
             self.requested = self._outer is not None and self._outer.requested
         return self
@@ -42,4 +47,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C means now
-        self.requested = True
+        request: StopRequest | None = self
+        while request is not None:
+            request.requested = True
+            request = request._outer

@@ -5,13 +5,11 @@ set -euo pipefail
 . "$(dirname "$0")/environment.sh" embedded
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-torchrun --standalone --nproc_per_node "$((gpus > 0 ? gpus : 2))" \
-  -m gmscale compare --config configs/quickstart.yaml "$@"
+gmscale launch --nproc_per_node "$((gpus > 0 ? gpus : 2))" compare --config configs/quickstart.yaml "$@"
 
 cat <<'END'
 
 ImageNet, from shards imagenet1k-train-{0000..1023}.tar with their _info.json in $SHARDS (not yet run by us):
-  torchrun --nproc_per_node 8 -m gmscale train --config configs/imagenet1k_resnet50.yaml --data.source $SHARDS
+  ./launch/torchrun.sh --config configs/imagenet1k_resnet50.yaml --data.source $SHARDS
   sbatch --nodes 4 --gpus-per-node 8 slurm/train.sbatch --config configs/imagenet1k_resnet50.yaml --data.source $SHARDS
 END

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gmscale import heartbeat, launched
-from gmscale.diagnosis import SILENT_S, describe_status, of_exits, of_records
+from gmscale.diagnosis import describe_status, of_exits, of_records
 from gmscale.heartbeat import Heartbeat, Record
 
 NOW = 1000.0
@@ -36,7 +36,7 @@ def test_the_record_on_this_machine_is_exact_after_sigkill(tmp_path: Path) -> No
 
 
 def test_the_shared_record_follows_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "PERIOD_S", 0.05)
+    monkeypatch.setattr(heartbeat, "_PERIOD_S", 0.05)
     beat = Heartbeat(0, 1)
     with beat.shared(tmp_path):
         beat.at("data", 3)
@@ -56,8 +56,15 @@ def test_records_have_a_fixed_length_and_damaged_ones_are_left_out(tmp_path: Pat
         pass
     beat.leave(1, "x" * 5000)
     path = tmp_path / "heartbeats" / "rank-00000.json"
-    assert path.stat().st_size == 1024
-    assert json.loads(path.read_text())["error"] == "x" * 300
+    assert path.stat().st_size == 2048
+    assert set(json.loads(path.read_text())["error"]) == {"x"}
+    for error in ("ж" * 2000, '"' * 2000):
+        beat = Heartbeat(0, 2)
+        with beat.shared(tmp_path):
+            pass
+        beat.leave(1, error)
+        assert path.stat().st_size == 2048
+        assert set(heartbeat.read_all(path.parent)[0].error) == {error[0]}
     (path.parent / "rank-00001.json").write_text('{"rank": 1')
     assert [found.rank for found in heartbeat.read_all(path.parent)] == [0]
 
@@ -76,7 +83,7 @@ def test_a_rank_in_an_earlier_step_is_behind_even_in_a_later_phase() -> None:
 
 
 def test_a_silent_rank_is_named_before_those_that_are_behind() -> None:
-    silent = record(2, seen=NOW - 2 - SILENT_S)
+    silent = record(2, seen=NOW - 8)
     lines = of_records([record(0), record(1, place=1), silent], 3, NOW)
     assert lines == [
         "rank 2 (host n2, process 102) gave no sign of life for 8 s, last in step 5, backward: it hangs, or is gone"
@@ -119,6 +126,20 @@ def test_a_timeout_of_all_names_the_one_that_did_not_come() -> None:
     timed_out = [record(rank, status=1, by_peer=True, error="Timed out") for rank in (0, 1)]
     (line,) = of_exits({0: 1, 1: 1}, [*timed_out, record(2, place=1, phase="forward")], 3, NOW)
     assert line.startswith("rank 2 (host n2, process 102) is behind: 9 s in step 5, forward")
+
+
+def test_many_ranks_beat_more_slowly_and_are_not_called_silent() -> None:
+    ranks = [record(rank, size=1024, seen=NOW - rank / 100) for rank in range(1024)]
+    ranks[700].place = 1
+    (line,) = of_records(ranks, 1024, NOW)
+    assert line.startswith("rank 700 (host n700, process 800) is behind")
+
+
+def test_a_rank_that_the_watchdog_aborted_is_not_to_blame_if_another_is_behind() -> None:
+    ranks = [record(0), record(1), record(2, step=4)]
+    lines = of_exits({0: -6}, ranks, 3, NOW)
+    assert lines[0].startswith("rank 2 (host n2, process 102) is behind")
+    assert lines[1].startswith("rank 0 (host n0, process 100) was killed by SIGABRT")
 
 
 def test_a_rank_that_died_before_its_first_word() -> None:

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 def _launch(topology: Topology, command: list[str], stop: StopRequest) -> int:
     from gmscale.launch.agent import Agent
-    from gmscale.launch.meeting import EndedError, Meeting, Verdict
+    from gmscale.launch.meeting import EndedError, Meeting
 
     _quieten()
     say(topology.describe())
@@ -52,11 +52,7 @@ def _launch(topology: Topology, command: list[str], stop: StopRequest) -> int:
     meeting = None
     try:
         meeting = Meeting(topology, say, stop)
-        try:
-            meeting.agree(command)
-        except UsageError as error:
-            meeting.tell(Verdict(2, topology.host, [str(error)]))
-            raise
+        meeting.agree(command)
         status = Agent(topology, meeting, command, folder).supervise(stop)
         if status == STOPPED:
             say("stopped on request; the same command goes on")

@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -20,13 +21,15 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from gmscale import diagnosis, heartbeat, launched
 from gmscale.heartbeat import Record
 from gmscale.launch.console import say
-from gmscale.launch.meeting import EndedError, Meeting, Verdict, interrupt_main_thread
+from gmscale.launch.meeting import EndedError, Meeting, interrupt_main_thread
 from gmscale.launch.topology import Topology
 from gmscale.stopping import STOPPED, StopRequest
 
 _PATIENCE_S = 3.0  # for ranks that end after a failure, before they are killed
 _WORD_S = 3.0  # for another launcher to say whether a failure there is the end
 _LAST_CALL_S = 5.0  # for more nodes, once the least number is there
+_UNCOUNTED = 10**9
+_USAGE = 2
 _KEEP_ALIVE_S, _KEEP_ALIVE_ATTEMPTS = 2, 3
 
 
@@ -54,7 +57,7 @@ class Agent(LocalElasticAgent):
             rdzv_handler=handler,
             entrypoint=sys.executable,
             args=("-m", "gmscale", *command),
-            max_restarts=topology.max_restarts,
+            max_restarts=_UNCOUNTED,  # torchelastic forgives none of a month's; we count those without progress
             monitor_interval=0.1,
             local_addr=topology.route.address,
         )
@@ -66,7 +69,10 @@ class Agent(LocalElasticAgent):
         os.environ[launched.LAUNCHER] = str(os.getpid())
         os.environ[launched.MOST_RANKS] = str(topology.max_nodes * topology.nproc_per_node)
         self._stop_since: float | None = None
-        self._failures = 0
+        self._held = 0
+        self._heard: list[int] = []  # signals that wait
+        self._failures = 0  # in a row
+        self._furthest = 0
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -75,31 +81,31 @@ class Agent(LocalElasticAgent):
 
         `stop` is what has listened for signals until now.
         """
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_stop)
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # its handlers would end ranks that could still save
         if stop.requested:
             raise EndedError(STOPPED, ["asked to stop before any rank had begun"])
-        signal.signal(signal.SIGUSR2, self._on_verdict)
+        handled = {*StopRequest.listens_to(), signal.SIGQUIT, signal.SIGUSR2}
+        for number in handled:
+            signal.signal(number, self._on_signal)
         self._meeting.listen(interrupt_main_thread)
         try:
             self.run()
-        except SignalException as caught:
-            raise EndedError(STOPPED, [f"stopped by {caught.sigval.name} before any rank had begun"]) from None
+        except SignalException:
+            self._meeting.tell(STOPPED, ["asked to stop"])
+            raise EndedError(STOPPED, ["asked to stop while no rank was at work"]) from None
         except RendezvousTimeoutError:
-            here = ", ".join(self._meeting.names())
-            raise EndedError(
-                1,
-                [
-                    f"waited {self._topology.join_timeout_s:.0f} s for {self._topology.nodes} nodes; "
-                    f"these have come since the beginning: {here}"
-                ],
-            ) from None
+            t, came = self._topology, ", ".join(self._meeting.names())
+            said = (
+                f"waited {t.join_timeout_s:.0f} s for {t.nodes} nodes; these have come since the beginning: {came}"
+            )
+            raise EndedError(1, [said]) from None
         except RendezvousError as error:
             self._heed_verdict()
             raise EndedError(1, [f"lost the other launchers: {' '.join(str(error).split())[:200]}"]) from None
-        status = max((record.status or 0 for record in self._own_records()), default=0)
-        return status
+        finally:
+            for number in handled:
+                signal.signal(number, lambda number, frame: None)  # there is nothing left to do but to leave
+        return max((record.status or 0 for record in self._own_records()), default=0)
 
     # -- what torchelastic calls -----------------------------------------------------------------------------------
 
@@ -108,7 +114,7 @@ class Agent(LocalElasticAgent):
         # all launchers of this start call it the same, which their own counts of restarts do not give
         store: Any = worker_group.store
         if worker_group.group_rank == 0:
-            store.set("attempt", str(self._meeting.store.add("attempts", 1)))
+            store.set("attempt", str(self._meeting.new_attempt()))
         attempt = int(store.get("attempt"))
         os.environ[launched.WORLD] = f"{self._meeting.launch}.{attempt}"
         for path in self._folder.glob("rank-*.json"):
@@ -117,11 +123,18 @@ class Agent(LocalElasticAgent):
             say(f"start {attempt}: {worker_group.group_world_size} nodes, {len(worker_group.workers)} ranks here")
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        pids = super()._start_workers(worker_group)
-        context: Any = self._pcontext
-        close = context.close
-        # after a failure there is nothing that the other ranks could save, and a stopped one ignores SIGTERM
-        context.close = lambda death_sig=None, timeout=30: close(death_sig, min(timeout, _PATIENCE_S))
+        with self._undisturbed():  # a rank that is not registered yet would be left behind
+            pids = super()._start_workers(worker_group)
+            context: Any = self._pcontext
+            close = context.close
+
+            def close_soon(death_sig: signal.Signals | None = None, timeout: float = 30) -> None:
+                # after a failure there is nothing that the other ranks could save, and a hanging one hears nothing
+                with self._undisturbed():
+                    close(death_sig, min(timeout, _PATIENCE_S))
+
+            context.close = close_soon
+        self._catch_up()
         return pids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -132,6 +145,11 @@ class Agent(LocalElasticAgent):
             while time.monotonic() < deadline and self._pcontext is not None and self._pcontext.wait(0) is None:
                 time.sleep(0.05)
         super()._stop_workers(worker_group)
+        self._catch_up()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        with self._undisturbed():
+            super()._shutdown(death_sig, timeout)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._stop_since is not None and time.monotonic() - self._stop_since > self._topology.grace_s:
@@ -139,6 +157,7 @@ class Agent(LocalElasticAgent):
             raise EndedError(STOPPED, [said, *self._diagnosis({})])
         exits = self._exits(worker_group)  # looked at before torchelastic ends the others and mixes them up
         result = super()._monitor_workers(worker_group)
+        self._catch_up()
         if result.state == WorkerState.SUCCEEDED:
             self._judge_end()
             if self._stopped_for_newcomer():
@@ -184,25 +203,32 @@ class Agent(LocalElasticAgent):
             raise EndedError(
                 STOPPED, [*lines, "this came after the job was asked to stop: it goes on from its checkpoint"]
             )
-        final = [record for record in left if record.final]
-        if final:
-            self._end(final[0].status or 1, lines)
+        usage = any(status == _USAGE and rank not in {r.rank for r in left} for rank, status in exits.items())
+        if usage or any(record.final and record.status == _USAGE for record in left):
+            self._end(_USAGE, lines, own=[])  # the rank has said it
+        if any(record.final for record in left):
+            self._end(1, lines)
         if all(record.by_peer for record in left) and len(left) == len(exits):
             self._wait_for_verdict()
-        self._failures += 1
+        step = max((record.step or 0 for record in own.values()), default=0)
+        self._failures = 1 if step > self._furthest else self._failures + 1
+        self._furthest = max(step, self._furthest)
         if self._failures > self._topology.max_restarts:
-            self._end(
-                1, [*lines, f"{self._failures} failures, and --max_restarts is {self._topology.max_restarts}"]
+            tried = (
+                f"failed {self._failures} times, at most at step {self._furthest}"
+                if self._failures > 1
+                else "failed"
             )
+            self._end(1, [*lines, f"{tried}, and --max_restarts is {self._topology.max_restarts}"])
         self._meeting.report_failure(launched.world_name())
         for line in lines:
             say(line)
         say(f"the ranks start again from the last checkpoint ({self._failures} of {self._topology.max_restarts})")
 
-    def _end(self, status: int, lines: list[str]) -> None:
-        """Tell the other launchers, and end."""
-        self._meeting.tell(Verdict(status, self._topology.host, lines))
-        raise EndedError(status, lines)
+    def _end(self, status: int, lines: list[str], own: list[str] | None = None) -> None:
+        """Tell the other launchers, and end; `own` is what is to be said here, if not the same."""
+        self._meeting.tell(status, lines)
+        raise EndedError(status, lines if own is None else own)
 
     def _diagnosis(self, exits: dict[int, int]) -> list[str]:
         records = {record.rank: record for record in self._shared_records()}
@@ -225,27 +251,44 @@ class Agent(LocalElasticAgent):
 
     # -- signals ---------------------------------------------------------------------------------------------------
 
-    def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        if self._stop_since is not None:
-            if number == signal.SIGINT:
-                raise EndedError(STOPPED, ["interrupted a second time: killed"])
-            return
-        self._stop_since = time.monotonic()
-        if not self._ask_to_stop():
-            raise SignalException("no rank has begun", signal.Signals(number))
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Let signals wait."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def _catch_up(self) -> None:
+        while self._heard and not self._held:
+            self._act(self._heard.pop(0))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._heard.append(number)
+        else:
+            self._act(number)
+
+    def _act(self, number: int) -> None:
+        """Do what a signal asks for. Raises EndedError or SignalException where that means to leave."""
+        if number == signal.SIGUSR2:
+            self._heed_verdict()
+        elif self._stop_since is None:
+            self._stop_since = time.monotonic()
+            if not self._ask_to_stop():
+                raise SignalException("no rank is at work", signal.Signals(number))
+        elif number == signal.SIGINT:
+            raise EndedError(STOPPED, ["interrupted a second time: killed"])
 
     def _ask_to_stop(self) -> bool:
-        """Ask this node's ranks to stop at their next step boundary; return whether there were some."""
-        pids = [worker.id for worker in self.get_worker_group().workers if worker.id]
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGUSR1)
-            except ProcessLookupError:
-                continue
-        return bool(pids) and self.get_worker_group().state == WorkerState.HEALTHY
-
-    def _on_verdict(self, number: int, frame: FrameType | None) -> None:
-        self._heed_verdict()
+        """Ask this node's ranks to stop at their next step boundary; return False if there is none that could."""
+        group = self.get_worker_group()
+        if group.state == WorkerState.HEALTHY:
+            for worker in group.workers:
+                with suppress(ProcessLookupError):
+                    os.kill(worker.id, signal.SIGUSR1)
+        return group.state in (WorkerState.HEALTHY, WorkerState.SUCCEEDED)
 
     def _wait_for_verdict(self) -> None:
         deadline = time.monotonic() + _WORD_S
@@ -255,6 +298,6 @@ class Agent(LocalElasticAgent):
 
     def _heed_verdict(self) -> None:
         verdict = self._meeting.verdict
-        if verdict is not None and verdict.host != self._topology.host:
+        if verdict is not None and verdict.teller != self._meeting.number:
             said = f"ended because of {verdict.host}: " if verdict.host else ""
             raise EndedError(verdict.status, [said + line for line in verdict.lines])

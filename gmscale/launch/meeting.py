@@ -33,6 +33,8 @@ class Verdict:
     host: str
     """Who says so; empty if nobody does."""
     lines: list[str]
+    teller: int
+    """Number of the launcher; 0 if there is none."""
 
 
 class EndedError(Exception):
@@ -50,6 +52,8 @@ class Meeting:
         self._topology, self._stop = topology, stop
         self.launch = ""
         """Name of this launch; no other has the same."""
+        self.number = 0
+        """Of this launcher; no other has the same."""
         if topology.is_head:
             self.store = self._connect(is_head=True)
             self.port = self.store.port
@@ -62,8 +66,13 @@ class Meeting:
         self._thread: threading.Thread | None = None
 
     def agree(self, command: list[str]) -> None:
-        """Compare the topology and the command with the head's. Raises UsageError where they differ."""
+        """Compare the topology and the command with the head's. Raises UsageError where they differ.
+
+        Before ranks have begun that ends the whole job; later only this launcher, which came to the wrong one.
+        """
         t = self._topology
+        self.number = self.store.add("joined", 1)
+        self.store.set(f"node {self.number}", t.host)
         own = {
             "run id": t.run_id,
             "--nnodes": t.nodes,
@@ -80,13 +89,14 @@ class Meeting:
             heads: dict[str, Any] = json.loads(self.store.get("terms"))
             for name, value in own.items():
                 if heads[name] != value:
-                    raise UsageError(
+                    error = UsageError(
                         f"{t.host} and the head {heads['host']} were not started alike: {name} is {_shown(value)} "
                         f"here and {_shown(heads[name])} there"
                     )
+                    if not self.has_begun():
+                        self.tell(2, [str(error)])
+                    raise error
             self.launch = heads["launch"]
-        number = self.store.add("joined", 1)
-        self.store.set(f"node {number}", t.host)
 
     def names(self) -> list[str]:
         """Return the nodes that have come so far."""
@@ -112,10 +122,19 @@ class Meeting:
         """Return whether a launcher has told so."""
         return self.store.check([f"failed {world}"])
 
-    def tell(self, verdict: Verdict) -> None:
+    def tell(self, status: int, lines: Sequence[str]) -> None:
         """Tell all launchers why the job ends; the first one to do so counts."""
+        verdict = Verdict(status, self._topology.host, list(lines), self.number)
         with suppress(RuntimeError):
             self.store.compare_set("verdict", "", json.dumps(asdict(verdict)))
+
+    def has_begun(self) -> bool:
+        """Return whether ranks have been started in this job."""
+        return self.store.add("attempts", 0) > 0
+
+    def new_attempt(self) -> int:
+        """Return the number of a start of the ranks that begins now."""
+        return self.store.add("attempts", 1)
 
     def leave(self) -> None:
         """Say goodbye; the head waits a moment, so that the others can still read what was said."""
@@ -137,7 +156,7 @@ class Meeting:
                     break
         except RuntimeError:
             head = self._topology.head
-            self._verdict = Verdict(1, "", [f"the head {head} is gone: its launcher ended, or it is out of reach"])
+            self._verdict = Verdict(1, "", [f"the head {head} is gone: its launcher ended, or is out of reach"], 0)
         if not self._ended.is_set():
             interrupt()
 

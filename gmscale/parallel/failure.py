@@ -105,5 +105,7 @@ class Watch:
             return False
 
     def _end(self, reason: str) -> NoReturn:
-        self._world.heartbeat.leave(1, reason, by_peer=True)
+        leave = threading.Thread(target=lambda: self._world.heartbeat.leave(1, reason, by_peer=True), daemon=True)
+        leave.start()
+        leave.join(timeout=1.0)  # a file system that hangs must not keep this process
         os._exit(1)

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from gmscale.config import ParallelConfig
 from gmscale.errors import UsageError
 from gmscale.heartbeat import Heartbeat
-from gmscale.launched import world_name
 from gmscale.parallel.failure import Watch
 from gmscale.parallel.world import World
 
@@ -50,8 +50,10 @@ def _join(world: World, config: ParallelConfig) -> World:
     timeout = timedelta(seconds=config.timeout_s)
     world.heartbeat.at("joining the others")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    # torchrun's restarts may share one store: addresses and failures of an earlier attempt are not this one's
-    store = dist.PrefixStore(world_name() if dist.is_torchelastic_launched() else "", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's restarts share one store: addresses and failures of an earlier attempt are not this one's
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        _warn_of_restarts(world)
     dist.init_process_group(
         "nccl" if world.device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -63,6 +65,17 @@ def _join(world: World, config: ParallelConfig) -> World:
     control = dist.new_group(backend="gloo", timeout=timeout) if world.device.type == "cuda" else dist.group.WORLD
     world = replace(world, control=control, store=dist.PrefixStore("failure", store))
     return replace(world, watch=Watch(world))
+
+
+def _warn_of_restarts(world: World) -> None:
+    """Say that nodes under plain torchrun may count their restarts differently, and then never meet again."""
+    nodes, restarts = (os.environ.get(name, "0") for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if world.rank == 0 and int(nodes) > 1 and int(restarts) > 0:
+        warnings.warn(
+            "torchrun --max-restarts on several nodes may wait for parallel.timeout_s after a failure; use "
+            "launch/torchrun.sh, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+            stacklevel=2,
+        )
 
 
 def shutdown(world: World) -> None:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,7 @@ def test_statuses_and_last_lines(cache: Path, tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
     said = job.output.splitlines()[-2:]
     assert f"rank 1 (host {HERE}, process {pids[1]}) was killed by SIGKILL" in said[0]
-    assert said[1] == "gmscale launch: 1 failures, and --max_restarts is 0"
+    assert said[1] == "gmscale launch: failed, and --max_restarts is 0"
 
     job = Launcher(tmp_path / "stopped", ["--nproc_per_node", "2"], argv)
     step = step_of(run_dir)
@@ -146,6 +147,53 @@ def test_statuses_and_last_lines(cache: Path, tmp_path: Path) -> None:
         job = Launcher(tmp_path / name, ["--nproc_per_node", "2"], argv)
         assert job.wait(60) == 0, job.output
     assert "is finished already" in job.output
+
+
+@pytest.mark.slow
+def test_mistakes_that_only_the_ranks_find_cost_one_start(cache: Path, tmp_path: Path) -> None:
+    argv = [*tiny.flags(cache, tmp_path / "run"), "--parallel.backend=single"]
+    job = Launcher(tmp_path / "log", ["--nproc_per_node", "2"], argv)
+    assert job.wait(40) == 2
+    assert job.output.count("the launcher started 2 processes; use ddp") == 1
+    assert "start again" not in job.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_stop_while_ranks_are_being_started_leaves_none(
+    cache: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    job = Launcher(
+        tmp_path / "log", ["--nproc_per_node", "12", "--grace_s", "2"], tiny.flags(cache, tmp_path / "run")
+    )
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    deadline = time.monotonic() + 30
+    while not children.read_text() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    job.signal(number)
+    pids: set[str] = set()
+    while job.poll() is None:
+        with suppress(OSError):
+            pids |= set(children.read_text().split())
+        time.sleep(0.01)
+    assert job.poll() == 75, job.output
+    assert pids
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+def test_more_interrupts_end_it_at_once_and_leave_none(cache: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    sections: tiny.Sections = {"run": {"epochs": 9.0, "log_every": 1}, "data": {"batch_size_per_device": 8}}
+    job = Launcher(tmp_path / "log", ["--nproc_per_node", "2"], tiny.flags(cache, run_dir, **sections))
+    wait_for("step 3", [job], lambda: step_of(run_dir) >= 3)
+    pids = job.ranks()
+    os.kill(pids[1], signal.SIGSTOP)
+    for _ in range(4):
+        job.signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert job.wait(15) == 75
+    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
 
 
 # ---- scripts ----------------------------------------------------------------------------------------------------

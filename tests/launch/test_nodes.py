@@ -193,3 +193,14 @@ def test_a_node_gone_for_good_is_done_without_and_a_new_one_is_let_in(
         stores.mkdir()
         run_ranks(tiny.train_rank, size, stores, size, "ddp", cache, by_hand, sections, stop_after)
     assert tiny.different(tiny.tensors(by_hand), tiny.tensors(run_dir)) == []
+
+
+def test_a_launcher_that_comes_to_the_wrong_job_does_not_end_it(nodes: Nodes, cache: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    argv = tiny.flags(cache, run_dir, **SECTIONS | {"run": {"epochs": 4.0, "log_every": 1}})
+    right = nodes.launch(1, "--join_timeout_s", "60", argv=argv, nnodes="1:2")
+    wait_for("step 2", [right], lambda: step_of(run_dir) >= 2)
+    wrong = nodes.launch(2, argv=[*argv, "--optim.lr=0.1"], nnodes="1:2")
+    assert wrong.wait(40) == 2
+    assert "were not started alike" in wrong.output
+    assert right.wait(60) == 0, right.output

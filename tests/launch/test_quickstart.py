@@ -29,7 +29,7 @@ def test_quickstart_trains_three_arms_and_names_the_report_and_the_next_commands
         "Toy-sized",
         "fewer than five seeds",
         "report.html",
-        "torchrun --nproc_per_node 8",
+        "./launch/torchrun.sh --config",
         "sbatch --nodes",
     ):
         assert words in result.stdout

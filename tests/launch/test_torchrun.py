@@ -200,5 +200,5 @@ def test_two_ranks_count_an_odd_number_of_samples_once_and_agree_with_one(undist
 def test_a_run_of_two_processes_is_not_resumed_by_one(undisturbed: Path, cache: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(undisturbed, tmp_path / "run")
     (run_dir / "summary.json").unlink()
-    with pytest.raises(UsageError, match="saved by 2 processes and cannot be resumed by 1"):
+    with pytest.raises(UsageError, match="saved by 2 processes, which cannot be resumed by 1"):
         tiny.train(tiny.config(cache, run_dir, **SECTIONS))
