@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             status = command(argv[1:])
     except (UsageError, RunError) as error:
         _fail(error)
+    if status == STOPPED:
+        StopRequest.ignore_more()
     sys.exit(status)
 
 

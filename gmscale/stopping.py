@@ -31,6 +31,12 @@ class StopRequest:
         always = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         return always if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*always, signal.SIGHUP)
 
+    @classmethod
+    def ignore_more(cls) -> None:
+        """Let further requests pass unheard: a process that is about to leave keeps its status."""
+        for number in cls.listens_to():
+            signal.signal(number, signal.SIG_IGN)
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._on_signal) for s in self.listens_to()}

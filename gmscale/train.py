@@ -88,6 +88,8 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     say = tracker.say if tracker else lambda message: None
     if state.loaded is not None:
         say(state.loaded.summary())
+    if newest is not None:
+        say(f"goes on after step {start} of {total_steps}")
     if tracker and division.change and start < total_steps:
         tracker.say(division.change)
         now = {"world_size": world.size, "grad_accum_steps": division.config.optim.grad_accum_steps}

@@ -46,7 +46,7 @@ def test_a_run_leaves_what_is_promised(finished_run: Path) -> None:
     names = {p.name for p in finished_run.iterdir()}
     assert names == {
         *("config.yaml", "environment.json", "data.json", "touched.json", "metrics.jsonl", "summary.json"),
-        *("checkpoints", "heartbeats", "samples", "tensorboard"),
+        *("checkpoints", "heartbeats", "samples", "starts", "tensorboard"),
     }
     assert from_dict(yaml.safe_load((finished_run / "config.yaml").read_text())).run.epochs == 1.5
     environment = json.loads((finished_run / "environment.json").read_text())

@@ -93,7 +93,7 @@ def train_rank(
     sections: Sections,
     stop_after: int | None = None,
 ) -> bool:
-    """Train one rank in its own process, the last one asked to stop after so many steps; return whether it finished."""
+    """Train one rank in its own process, the last one asked to stop after so many steps; return if it finished."""
     world = World(rank, rank, size, torch.device("cpu"), backend, dist.group.WORLD)
     real, steps = training.train_step, 0
 

@@ -104,7 +104,7 @@ class Agent(LocalElasticAgent):
             raise EndedError(1, [f"lost the other launchers: {' '.join(str(error).split())[:200]}"]) from None
         finally:
             for number in handled:
-                signal.signal(number, lambda number, frame: None)  # there is nothing left to do but to leave
+                signal.signal(number, signal.SIG_IGN)  # a request repeated now must not change the status
         return max((record.status or 0 for record in self._own_records()), default=0)
 
     # -- what torchelastic calls -----------------------------------------------------------------------------------
