@@ -65,7 +65,7 @@ start_on_every_node() {
     "(CPUs of a node: ${SLURM_CPUS_ON_NODE:-?}, GPUs: ${SLURM_GPUS_ON_NODE:-0})"
   # no binding: what the one task of a node starts shares all that the job has there
   srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --cpu-bind none \
-    --kill-on-bad-exit=0 --wait 0 "${srun_options[@]}" "$@" &
+    --kill-on-bad-exit=0 --wait 60 "${srun_options[@]}" "$@" &
   step=$!
 }
 
@@ -75,7 +75,7 @@ finish() {
   local id=$SLURM_JOB_ID restarts=${SLURM_RESTART_COUNT:-0} shown
   [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # never the whole array
   case $status in
-    75 | 138 | 143)
+    75 | 137 | 138 | 143)
       status=75
       shown=$(scontrol --oneliner show job "$id")
       if [[ $shown != *" JobState=RUNNING "* && $shown != *" Reason=TimeLimit "* ]]; then

@@ -1,5 +1,6 @@
 """The cost model: laws of rings, and an estimate worked out by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmscale import costs
-from gmscale.costs import Link, Measured, Recipe, Traffic
+from gmscale.costs import Cluster, Link, Measured, Recipe, Traffic
 
 devices = st.integers(1, 4096)
 nbytes = st.floats(0, 1e12)
@@ -68,12 +69,63 @@ def test_what_hides_is_at_most_the_backward_pass(traffic: dict, n: int, link: Li
     assert everything - backward - 1e-9 * everything <= shown <= everything
 
 
+def timeline(buckets: int, compute_s: float, maps_s: float, values_s: float) -> float:
+    """Walk through a backward pass in equal buckets; return by how much communication lengthens it.
+
+    Each bucket's maps are reduced when it is ready, on a network that does one thing at a time; the pass waits for
+    them. Its values follow, and nobody waits for them before the end.
+    """
+    now = network = 0.0
+    for _ in range(buckets):
+        now += compute_s / buckets
+        network = max(now, network) + maps_s
+        if maps_s:
+            now = network
+        network += values_s
+    return max(now, network) - compute_s
+
+
+@given(st.integers(1, 20), seconds, st.floats(1e-4, 1e2), st.floats(1e-4, 1e2))
+def test_what_shows_is_that_of_equal_buckets_one_after_the_other(
+    n: int, backward: float, maps: float, values: float
+) -> None:
+    link = Link(1e9, 0.0)  # between two devices an all-reduce of b bytes takes b / 1e9
+    plain = costs.exposed_s({"allreduce": Traffic(n, 1e9 * n * values)}, 2, link, backward)
+    assert plain == pytest.approx(timeline(n, backward, 0.0, values))
+    both, awaited = {"allreduce": Traffic(2 * n, 1e9 * n * (maps + values))}, Traffic(n, 1e9 * n * maps)
+    assert costs.exposed_s(both, 2, link, backward, awaited) == pytest.approx(timeline(n, backward, maps, values))
+
+
 def test_the_last_bucket_and_what_is_not_reduced_always_show() -> None:
     link = Link(1e9, 0.0)
     traffic = {"allreduce": Traffic(4, 4e9), "broadcast": Traffic(1, 1e9)}
     # 4 s of reductions hide behind 100 s but for a quarter, 2 (2 - 1) / 2 x 1 s; the broadcast takes 1 s
     assert costs.exposed_s(traffic, 2, link, 100.0) == pytest.approx(1.0 + 1.0)
-    assert costs.exposed_s(traffic, 2, link, 1.5) == pytest.approx(2.5 + 1.0)
+    # of 1.5 s the first quarter is over when the first bucket is ready
+    assert costs.exposed_s(traffic, 2, link, 1.5) == pytest.approx(4 - 1.5 * 3 / 4 + 1.0)
+
+
+clusters = st.builds(Cluster, devices_per_node=st.integers(1, 16), between=links, inside=links)
+
+
+@given(clusters, st.integers(1, 16), nbytes)
+def test_a_node_needs_no_network(cluster: Cluster, n: int, size: float) -> None:
+    n = min(n, cluster.devices_per_node)
+    assert cluster.ring(n) == cluster.inside
+
+
+@given(clusters, devices)
+def test_a_ring_is_as_fast_as_its_slowest_link(cluster: Cluster, n: int) -> None:
+    if cluster.nodes(n) == 1:
+        return
+    hops = [cluster.between] * cluster.nodes(n) + [cluster.inside] * (n - cluster.nodes(n))
+    ring = cluster.ring(n)
+    assert ring.bytes_per_s == min(hop.bytes_per_s for hop in hops)
+    assert ring.latency_s == pytest.approx(sum(hop.latency_s for hop in hops) / n)
+
+
+def test_without_an_end_to_the_rate_bytes_take_no_time() -> None:
+    assert costs.ring_all_reduce_s(1e9, 8, Link(math.inf, 0.0)) == 0
 
 
 MEASURED = Measured(

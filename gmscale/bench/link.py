@@ -1,5 +1,6 @@
 """Network namespaces and links between them whose rates can be limited: a slow network on one machine."""
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,8 @@ from gmscale.errors import RunError, UsageError
 
 UNLIMITED = "unlimited"
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_NAME = re.compile(r"gmscale-(\d+)-(?:[a-z]|hub)\b")
+_NAME = re.compile(r"gmscale-(\d+)(?:\.\d+)?-(?:[a-z]|hub)\b")
+_numbers = itertools.count()  # of the links that this process has made
 _MOST_ENDS = 26  # each has a letter
 _BRIDGE = "bridge"
 
@@ -46,7 +48,7 @@ def veth_link(ends: int = 2, asked_by: str = "bench comm") -> Iterator[Link]:
     if os.geteuid() != 0:
         raise RunError(f"{asked_by} needs network namespaces, which only root can make; run it as root")
     _remove_leftovers()
-    own = f"gmscale-{os.getpid()}"
+    own = f"gmscale-{os.getpid()}" + ("" if (number := next(_numbers)) == 0 else f".{number}")
     link = Link(
         tuple(f"{own}-{chr(ord('a') + end)}" for end in range(ends)),
         tuple(f"gmscale{end}" for end in range(ends)),

@@ -23,7 +23,7 @@ from gmscale.bench.options import add_training, chosen_variants, setting_of
 from gmscale.bench.step import attempt
 from gmscale.bench.table import number, print_notes, print_table, write_json
 from gmscale.bench.training import PLAIN, VARIANTS, WARM_UP, Setting, Subject, Variant, made_up_batch, quartiles
-from gmscale.errors import OneLineParser, check_range
+from gmscale.errors import OneLineParser, RunError, check_range
 from gmscale.parallel import World
 from gmscale.parallel.local_ranks import run_ranks
 from gmscale.tracking import plain_console
@@ -67,7 +67,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return the settings, what the link does, and for each variant rows by number of processes and rate."""
     reduced = {n: _in_namespaces(all_reduces, link.first(n), rates) for n in processes}
-    links = {rate: link_of(reduced[processes[0]]["rates"][rate], processes[0]) for rate in rates}
+    links = {n: {rate: link_of(seen["rates"][rate], n) for rate in rates} for n, seen in reduced.items()}
     rows: dict[str, dict[str, Any]] = {}
     for done, name in enumerate(names, 1):
         rows[name] = row = attempt(name, lambda name=name: _row(setting, name, processes, rates, link, links))
@@ -85,7 +85,7 @@ def measure(
                 "latency_us": 1e6 * found.latency_s,
                 "ring": {n: _ring_check(reduced[n]["rates"][rate], n, found) for n in processes},
             }
-            for rate, found in links.items()
+            for rate, found in links[processes[0]].items()
         },
         "variants": rows,
     }
@@ -95,6 +95,11 @@ def link_of(seconds: dict[int, float], processes: int) -> costs.Link:
     """Return the link over which a ring of all-reduces takes these seconds, by their bytes: two sizes."""
     (small, small_s), (large, large_s) = sorted(seconds.items())
     others = processes - 1
+    if large_s <= small_s:
+        raise RunError(
+            f"this machine is too busy to measure a link: {large} bytes took {1e3 * large_s:.1f} ms, and {small} "
+            f"{1e3 * small_s:.1f}"
+        )
     bytes_per_s = 2 * others / processes * (large - small) / (large_s - small_s)
     latency_s = small_s / (2 * others) - small / processes / bytes_per_s
     return costs.Link(bytes_per_s, max(0.0, latency_s))
@@ -107,12 +112,25 @@ def _ring_check(seconds: dict[int, float], processes: int, link: costs.Link) -> 
 
 
 def _row(
-    setting: Setting, name: str, processes: list[int], rates: list[str], link: Link, links: dict[str, costs.Link]
+    setting: Setting,
+    name: str,
+    processes: list[int],
+    rates: list[str],
+    link: Link,
+    links: dict[int, dict[str, costs.Link]],
 ) -> dict[str, Any]:
+    """Return what was predicted over the link between the fewest processes, and over the one between as many."""
     found = {n: _in_namespaces(steps_over, link.first(n), setting, name, rates) for n in processes}
     return {
         "processes": {
-            n: {rate: {**seen, **_predicted(seen, n, links[rate])} for rate, seen in found[n].items()}
+            n: {
+                rate: {
+                    **seen,
+                    **_predicted(seen, n, links[processes[0]][rate]),
+                    "error_own_link": _predicted(seen, n, links[n][rate])["error"],
+                }
+                for rate, seen in found[n].items()
+            }
             for n in processes
         }
     }
@@ -195,8 +213,8 @@ def steps_over(
             order = (alone, together) if done % 2 == 0 else (together, alone)
             took = {subject: seconds(subject) for subject in order}
             taken.append((took[alone], took[together]))
+        limit(own, UNLIMITED)  # counting takes no time that matters
         rows[rate] = {"rounds": taken, **_sent(together, variant, batch)}
-    limit(own, UNLIMITED)
     return rows
 
 
@@ -232,17 +250,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['model']}, {result['image_size']} px, batch {result['batch_size']} on each of so many processes "
         f"({described['device']}), torch {described['torch']}, {result['rounds']} rounds of {result['steps']} steps"
     )
-    headings = (
-        "variant",
-        "processes",
-        "link",
-        "alone ms",
-        "predicted",
-        "measured",
-        "error",
-        "quartiles",
-        "no overlap",
-    )
+    headings = ["variant", "of", "link", "alone ms", "predicted", "measured", "error", "quartiles"]
+    headings += ["own link", "no overlap"]
     rows = []
     for name, variant in result["variants"].items():
         for processes, rates in variant.get("processes", {}).items():
@@ -255,6 +264,7 @@ def show(result: dict[str, Any]) -> None:
                         *(number(row[f"{key}_ms"], 0) for key in ("alone", "predicted", "measured")),
                         _percent(row["error"]),
                         f"{_percent(row['error_quartiles'][0])} to {_percent(row['error_quartiles'][1])}",
+                        _percent(row["error_own_link"]),
                         _percent(row["behind_nothing_ms"] / row["measured_ms"] - 1),
                     )
                 )
@@ -271,8 +281,8 @@ def show(result: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     console.print(
-        "error: predicted / measured - 1, median over rounds; no overlap: the same with communication that hides "
-        "behind nothing",
+        "error: predicted / measured - 1, median over rounds; own link: the same with the link as measured between "
+        "as many processes; no overlap: with communication that hides behind nothing",
         highlight=False,
         markup=False,
         soft_wrap=True,

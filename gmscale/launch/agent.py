@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch.distributed import DistStoreError, Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -21,7 +22,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from gmscale import diagnosis, heartbeat, launched
 from gmscale.heartbeat import Record
 from gmscale.launch.console import say
-from gmscale.launch.meeting import EndedError, Meeting, interrupt_main_thread
+from gmscale.launch.meeting import LOST_S, EndedError, Meeting, interrupt_main_thread
 from gmscale.launch.topology import Topology
 from gmscale.stopping import STOPPED, StopRequest
 
@@ -30,7 +31,17 @@ _WORD_S = 3.0  # for another launcher to say whether a failure there is the end
 _LAST_CALL_S = 5.0  # for more nodes, once the least number is there
 _UNCOUNTED = 10**9
 _USAGE = 2
+_ROLL_CALL_S = 8.0  # for the nodes of a new start to say how many ranks they have
 _KEEP_ALIVE_S, _KEEP_ALIVE_ATTEMPTS = 2, 3
+
+
+class _Rendezvous(DynamicRendezvousHandler):
+    """One whose nodes wait only for seconds for a node that was lost as soon as it had joined."""
+
+    def _get_store(self) -> Store:
+        store = super()._get_store()
+        store.set_timeout(timedelta(seconds=_ROLL_CALL_S))
+        return store
 
 
 class Agent(LocalElasticAgent):
@@ -38,7 +49,7 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, topology: Topology, meeting: Meeting, command: Sequence[str], folder: Path) -> None:
         backend = C10dRendezvousBackend(meeting.store, topology.run_id)
-        handler = DynamicRendezvousHandler.from_backend(
+        handler = _Rendezvous.from_backend(
             topology.run_id,
             meeting.store,
             backend,
@@ -68,6 +79,7 @@ class Agent(LocalElasticAgent):
         os.environ[launched.HEARTBEATS] = str(self._folder)
         os.environ[launched.LAUNCHER] = str(os.getpid())
         os.environ[launched.MOST_RANKS] = str(topology.max_nodes * topology.nproc_per_node)
+        self._is_training = command[0] == "train"  # whose ranks leave together, when all is written
         self._stop_since: float | None = None
         self._held = 0
         self._heard: list[int] = []  # signals that wait
@@ -110,17 +122,28 @@ class Agent(LocalElasticAgent):
     # -- what torchelastic calls -----------------------------------------------------------------------------------
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        super()._rendezvous(worker_group)
-        # all launchers of this start call it the same, which their own counts of restarts do not give
-        store: Any = worker_group.store
-        if worker_group.group_rank == 0:
-            store.set("attempt", str(self._meeting.new_attempt()))
-        attempt = int(store.get("attempt"))
+        while (attempt := self._meet(worker_group)) is None:
+            self._heed_verdict()
+            say("a node was lost as soon as it had joined; the others meet again")
         os.environ[launched.WORLD] = f"{self._meeting.launch}.{attempt}"
         for path in self._folder.glob("rank-*.json"):
             path.unlink()
         if attempt > 1 and worker_group.group_rank == 0:
             say(f"start {attempt}: {worker_group.group_world_size} nodes, {len(worker_group.workers)} ranks here")
+
+    def _meet(self, worker_group: WorkerGroup) -> int | None:
+        """Return the number of this start, with its nodes in `worker_group`; None if one was lost meanwhile."""
+        try:
+            super()._rendezvous(worker_group)
+            # all launchers of this start call it the same, which their own counts of restarts do not give
+            store: Any = worker_group.store
+            if worker_group.group_rank == 0:
+                store.set("attempt", str(self._meeting.new_attempt()))
+            return int(store.get("attempt"))
+        except DistStoreError:
+            return None
+        finally:
+            self._meeting.store.set_timeout(timedelta(seconds=LOST_S))
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         with self._undisturbed():  # a rank that is not registered yet would be left behind
@@ -187,6 +210,8 @@ class Agent(LocalElasticAgent):
         wrong = [record for record in records if record.status not in (None, 0, STOPPED)]
         if wrong:
             self._end(wrong[0].status or 1, [])
+        if self._is_training and all(record.status == 0 for record in records):
+            self._meeting.tell(0, [])  # a node that loses a rank from here on need not start it again
 
     def _stopped_for_newcomer(self) -> bool:
         stopped = any(record.status == STOPPED for record in self._own_records())
@@ -211,6 +236,8 @@ class Agent(LocalElasticAgent):
         if all(record.by_peer for record in left) and len(left) == len(exits):
             self._wait_for_verdict()
         step = max((record.step or 0 for record in own.values()), default=0)
+        if self._meeting.verdict is not None and self._meeting.verdict.status == 0:
+            raise EndedError(0, [*lines, "the run was finished by then"])
         self._failures = 1 if step > self._furthest else self._failures + 1
         self._furthest = max(step, self._furthest)
         if self._failures > self._topology.max_restarts:
@@ -298,6 +325,9 @@ class Agent(LocalElasticAgent):
 
     def _heed_verdict(self) -> None:
         verdict = self._meeting.verdict
-        if verdict is not None and verdict.teller != self._meeting.number:
+        if verdict is None or verdict.teller == self._meeting.number:
+            return
+        at_work = self.get_worker_group().state in (WorkerState.HEALTHY, WorkerState.SUCCEEDED)
+        if verdict.status != 0 or not at_work:  # of a finished run our ranks are about to end, too
             said = f"ended because of {verdict.host}: " if verdict.host else ""
             raise EndedError(verdict.status, [said + line for line in verdict.lines])

@@ -21,7 +21,7 @@ from gmscale.launch import network
 from gmscale.launch.topology import Topology
 from gmscale.stopping import STOPPED, StopRequest
 
-_LOST_S = 60.0  # a network that is cut for longer ends the launchers that cannot reach the head
+LOST_S = 60.0  # a network that is cut for longer ends the launchers that cannot reach the head
 _LEAVE_S = 5.0
 
 
@@ -85,7 +85,7 @@ class Meeting:
             self.launch = f"{t.run_id}-{uuid.uuid4().hex[:8]}"
             self.store.set("terms", json.dumps({"host": t.host, "launch": self.launch, **own}))
         else:
-            self.store.wait(["terms"], timedelta(seconds=_LOST_S))
+            self.store.wait(["terms"], timedelta(seconds=LOST_S))
             heads: dict[str, Any] = json.loads(self.store.get("terms"))
             for name, value in own.items():
                 if heads[name] != value:
@@ -168,7 +168,7 @@ class Meeting:
                 t.head,
                 port,
                 is_master=is_head,
-                timeout=timedelta(seconds=_LOST_S),
+                timeout=timedelta(seconds=LOST_S),
                 wait_for_workers=False,
             )
         except RuntimeError as error:

@@ -20,11 +20,12 @@ def known_from(run_dir: Path, options: Options) -> Known:
     config = configuration.load(_file(run_dir, "config.yaml"))
     environment = _json(run_dir, "environment.json")
     records = _training_records(run_dir)
+    masked = [record for record in records if "dense_bytes" in record]
     if len(environment.get("world_sizes", [])) > 1:
         raise UsageError(
             f"--from {run_dir}: the run changed its number of processes; which steps are of which is not known"
         )
-    if "dense_bytes" not in records[-1]:
+    if not masked:
         raise UsageError(
             f"--from {run_dir}: the run records no bytes (only ddp with a mask does); plan from its configuration "
             f"and its step: --config {run_dir / 'config.yaml'} --step_ms {_median(records, 'step_ms'):.4g}"
@@ -32,7 +33,8 @@ def known_from(run_dir: Path, options: Options) -> Known:
     world_size = environment["world_size"]
     _check_fills_nodes(run_dir, world_size, options)
     touched = _json(run_dir, "touched.json")["mask"]["touched"]
-    run = _Run(config, records, touched)
+    strongest = max(record["strength"] for record in masked)  # before and after, the mask may be off
+    run = _Run(config, [record for record in masked if record["strength"] == strongest], touched)
     names = options.modes or [name for name in MODES if run.tells(name, options.kept)]
     for name in names:
         if not run.tells(name, options.kept):
@@ -113,10 +115,11 @@ class _Run:
 
 def _training_records(run_dir: Path) -> list[dict[str, Any]]:
     """Return the records of training, without the first, whose steps warm up."""
+    path = _file(run_dir, "metrics.jsonl")
     try:
-        lines = _file(run_dir, "metrics.jsonl").read_text().splitlines()
-        records = [record for record in map(json.loads, lines) if record["phase"] == "train"]
-    except (ValueError, KeyError):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [record for record in records if record["phase"] == "train" and record["step_ms"] > 0]
+    except (ValueError, KeyError, TypeError):
         raise UsageError(f"--from {run_dir}: metrics.jsonl has lines that no run writes") from None
     if not records:
         raise UsageError(f"--from {run_dir}: metrics.jsonl has no record of training yet")
@@ -124,7 +127,7 @@ def _training_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _median(records: list[dict[str, Any]], key: str) -> float:
-    return median(record[key] for record in records if key in record)
+    return median(record[key] for record in records)
 
 
 def _check_fills_nodes(run_dir: Path, world_size: int, options: Options) -> None:
@@ -144,7 +147,8 @@ def _file(run_dir: Path, name: str) -> Path:
 
 
 def _json(run_dir: Path, name: str) -> Any:
+    path = _file(run_dir, name)
     try:
-        return json.loads(_file(run_dir, name).read_text())
+        return json.loads(path.read_text())
     except ValueError:
         raise UsageError(f"--from {run_dir}: {name} is not JSON") from None

@@ -66,9 +66,14 @@ def config_of(mode: str, config: TrainConfig) -> TrainConfig:
     at home.
     """
     agreement, hook = MODES[mode]
-    mask = replace(config.mask, enabled=agreement is not None, site="auto", agreement=agreement or "local")
-    if agreement == "consensus" and config.mask.agreement == "local":
-        mask = replace(mask, strength=None)
+    strength = None if agreement == "consensus" and config.mask.agreement == "local" else config.mask.strength
+    mask = replace(
+        config.mask,
+        enabled=agreement is not None,
+        site="auto",
+        agreement=agreement or "local",
+        strength=strength,
+    )
     return replace(config, mask=mask, parallel=replace(config.parallel, backend="ddp", comm_hook=hook))
 
 

@@ -118,6 +118,8 @@ def options_of(given: Any, config: TrainConfig) -> Options:
 
 def _check_together(given: Any, config: TrainConfig) -> None:
     """Raise UsageError for options that contradict one another."""
+    if given.kept is not None and given.modes and not any("consensus" in mode for mode in given.modes):
+        raise UsageError("--kept is of consensus, which is not among --modes")
     if getattr(given, "from") is not None:
         if config != TrainConfig():
             raise UsageError("--from takes the configuration of its run; leave out --config and the fields of it")
@@ -131,5 +133,3 @@ def _check_together(given: Any, config: TrainConfig) -> None:
         for name in ("modes", "kept"):
             if getattr(given, name) is not None:
                 raise UsageError(f"--{name} is for ddp; parallel.backend {config.parallel.backend} has one mode")
-    if given.kept is not None and given.modes and not any("consensus" in mode for mode in given.modes):
-        raise UsageError("--kept is of consensus, which is not among --modes")

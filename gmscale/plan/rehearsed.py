@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gmscale import build
+from gmscale import build, data
 from gmscale.config import TrainConfig
 from gmscale.costs import NOTHING, Traffic
 from gmscale.dry_run.rehearsal import Rehearsal
@@ -115,7 +115,7 @@ def _mode(name: str, config: TrainConfig, classes: int, step_s: float, kept: flo
 
 def _for_counting(config: TrainConfig) -> TrainConfig:
     """Return the configuration with what changes no byte of gradients made small, and what needs a GPU left out."""
-    data = replace(
+    made = replace(
         config.data,
         batch_size_per_device=min(_COUNTED_BATCH, config.data.batch_size_per_device),
         decode="fast" if config.data.decode == "gpu" else config.data.decode,
@@ -123,11 +123,13 @@ def _for_counting(config: TrainConfig) -> TrainConfig:
     parallel = config.parallel
     if parallel.batch_norm == "sync":
         parallel = replace(parallel, batch_norm="broadcast")
-    return replace(config, data=data, parallel=parallel, model=replace(config.model, compile=""))
+    return replace(config, data=made, parallel=parallel, model=replace(config.model, compile=""))
 
 
 def _rehearsal(config: TrainConfig, world: World, classes: int) -> tuple[TrainingState, Rehearsal]:
     warnings.simplefilter("ignore")  # training says them once
+    if config.data.decode == "gpu":
+        data.check_device(world.device)
     build.prepare_process(config, world)
     state = build.training_state(config, world, classes, _STEPS_PER_EPOCH)
     total_steps = max(1, round(config.run.epochs * _STEPS_PER_EPOCH))

@@ -61,7 +61,7 @@ def _assumptions(found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         "reductions hide behind the backward pass of the last micro-batch (two thirds of its time) and take "
         "nothing from it, from when the first of equal buckets is ready; the last one always shows, and so do "
-        "broadcasts and gathered weights"
+        "broadcasts and gathered weights, which fsdp2 and ZeRO 3 can hide in part"
     )
     if any(mode["of_lateral_maps"]["calls"] for mode in found["modes"].values()):
         yield "consensus: the backward pass waits for each bucket's lateral maps, so these always show"
