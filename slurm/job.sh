@@ -70,9 +70,11 @@ start_on_every_node() {
 }
 
 # Ends the batch script with `status`. A job that was stopped (75; 138 or 143: before it listened, or just after) is
-# queued again, unless its user cancelled it, which `scontrol requeue` would undo, or Slurm has requeued it itself.
+# queued again, unless its user cancelled it, which `scontrol requeue` would undo, or Slurm has requeued it itself. So
+# is one whose launcher was killed (137), but not often: it may be out of memory.
 finish() {
-  local id=$SLURM_JOB_ID restarts=${SLURM_RESTART_COUNT:-0} shown
+  local id=$SLURM_JOB_ID restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_REQUEUES:-100} shown
+  [ "$status" != 137 ] || [ "$most" -lt 3 ] || most=3
   [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # never the whole array
   case $status in
     75 | 137 | 138 | 143)
@@ -80,7 +82,7 @@ finish() {
       shown=$(scontrol --oneliner show job "$id")
       if [[ $shown != *" JobState=RUNNING "* && $shown != *" Reason=TimeLimit "* ]]; then
         echo "gmscale: job $id stopped; it was cancelled, or Slurm requeues it"
-      elif [ "$restarts" -ge "${MAX_REQUEUES:-100}" ]; then
+      elif [ "$restarts" -ge "$most" ]; then
         echo "gmscale: job $id was requeued $restarts times, no more (MAX_REQUEUES); the same sbatch goes on" >&2
       elif scontrol requeue "$id"; then
         echo "gmscale: job $id stopped and is queued again"

@@ -52,7 +52,7 @@ def sees(world: World, interfaces: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_three_processes_make_a_ring_over_the_bridge(star: link.Link) -> None:
-    hub = f"gmscale-{os.getpid()}-hub"
+    hub = star.namespaces[0].removesuffix("-a") + "-hub"
     assert len(star.namespaces) == len(star.interfaces) == len(star.addresses) == 3
     assert all(name in namespaces() for name in (*star.namespaces, hub))
     environ = [
@@ -102,12 +102,11 @@ def test_it_reports_how_far_off_the_model_is(
     assert bench.main(["plan", *SIZE, *few, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert 10 < found["link"]["20mbit"]["mbit_per_s"] < 22
-    assert found["link"]["20mbit"]["ring"]["2"]["error"] == pytest.approx(0, abs=1e-6)  # what it was taken from
+    assert found["link"]["20mbit"]["ring"]["2"]["error"] == pytest.approx(0, abs=0.02)  # what it was taken from
     for name in ("plain DDP", "consensus"):
         row = found["variants"][name]["processes"]["2"]["20mbit"]
-        # the 8 MB of all-reduces that measured the link took 20 times as long as a step: it is no matter of seconds
         assert row["alone_ms"] < row["predicted_ms"] <= row["behind_nothing_ms"]
-        assert row["error"] == pytest.approx(0, abs=0.6)
+        assert -0.5 < row["error"] < 1  # so few bytes that the bucket's first 64 kB, which pass at once, matter
     plain, consensus = (found["variants"][name]["processes"]["2"]["20mbit"] for name in found["variants"])
     assert consensus["measured_ms"] < plain["measured_ms"]
     assert consensus["awaited"][1] > plain["awaited"][1] == 0
