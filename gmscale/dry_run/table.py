@@ -128,8 +128,8 @@ def _assumptions(found: Mapping[str, Any]) -> Iterator[str]:
         "bytes takes 2 (n - 1) / n b / bandwidth + 2 (n - 1) latency, a gather or reduce-scatter half of it"
     )
     yield (
-        "reductions hide behind the backward pass of the last micro-batch (two thirds of its time), all but the "
-        "last bucket; nothing else hides"
+        "reductions hide behind the backward pass of the last micro-batch (two thirds of its time), from when the "
+        "first of equal buckets is ready; the last one never does, and nothing else hides"
     )
     saving = "a copy in memory" if e["background_save"] else "writing at 0.5 GB/s"
     yield f"saving keeps training waiting for {saving}; checkpoints of new best models are not counted"
