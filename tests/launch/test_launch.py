@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -115,6 +116,14 @@ def test_a_wrong_command_is_refused_before_any_rank_starts(argv: list[str], said
         launch.main(argv)
 
 
+def assert_gone(pids: Iterable[int | str]) -> None:
+    """Processes that were killed may take a moment on a busy machine."""
+    deadline = time.monotonic() + 3
+    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
 # ---- one machine ------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +162,7 @@ def test_statuses_and_last_lines(cache: Path, tmp_path: Path) -> None:
 def test_mistakes_that_only_the_ranks_find_cost_one_start(cache: Path, tmp_path: Path) -> None:
     argv = [*tiny.flags(cache, tmp_path / "run"), "--parallel.backend=single"]
     job = Launcher(tmp_path / "log", ["--nproc_per_node", "2"], argv)
-    assert job.wait(40) == 2
+    assert job.wait(90) == 2, job.output
     assert job.output.count("the launcher started 2 processes; use ddp") == 1
     assert "start again" not in job.output
 
@@ -167,7 +176,7 @@ def test_a_stop_while_ranks_are_being_started_leaves_none(
         tmp_path / "log", ["--nproc_per_node", "12", "--grace_s", "2"], tiny.flags(cache, tmp_path / "run")
     )
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not children.read_text() and time.monotonic() < deadline:
         time.sleep(0.001)
     job.signal(number)
@@ -178,7 +187,7 @@ def test_a_stop_while_ranks_are_being_started_leaves_none(
         time.sleep(0.01)
     assert job.poll() == 75, job.output
     assert pids
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert_gone(pids)
 
 
 @pytest.mark.slow
@@ -192,8 +201,8 @@ def test_more_interrupts_end_it_at_once_and_leave_none(cache: Path, tmp_path: Pa
     for _ in range(4):
         job.signal(signal.SIGINT)
         time.sleep(0.3)
-    assert job.wait(15) == 75
-    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
+    assert job.wait(40) == 75, job.output
+    assert_gone(pids.values())
 
 
 # ---- scripts ----------------------------------------------------------------------------------------------------
