@@ -8,7 +8,7 @@
 #   MASTER_ADDR     name or address of the node where all meet; MASTER_PORT (29400)
 #   NODE_RANK       0 on that node; only where addresses do not tell, as for several nodes on one machine
 #   RUN_ID          name of this start, the same on all nodes (gmscale)
-#   MAX_RESTARTS    times the ranks are started again after a failure (3)
+#   MAX_RESTARTS    restarts in a row without progress (3)
 #   JOIN_TIMEOUT_S  how long nodes wait for one another (600); GRACE_S: how long a stop may take (120)
 #   VENV            virtual environment to enter (.venv, if it is there)
 # Exit status: 0 done, 1 failed, 2 usage, 75 stopped on request after a checkpoint: the same command goes on.

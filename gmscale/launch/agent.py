@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed import DistStoreError, Store
+from torch.distributed import DistError, DistStoreError, Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -111,7 +111,7 @@ class Agent(LocalElasticAgent):
                 f"waited {t.join_timeout_s:.0f} s for {t.nodes} nodes; these have come since the beginning: {came}"
             )
             raise EndedError(1, [said]) from None
-        except RendezvousError as error:
+        except (RendezvousError, DistError) as error:
             self._heed_verdict()
             raise EndedError(1, [f"lost the other launchers: {' '.join(str(error).split())[:200]}"]) from None
         finally:

@@ -54,13 +54,9 @@ class Meeting:
         """Name of this launch; no other has the same."""
         self.number = 0
         """Of this launcher; no other has the same."""
-        if topology.is_head:
-            self.store = self._connect(is_head=True)
-            self.port = self.store.port
-        else:
+        if not topology.is_head:
             self._wait_for_head(say)
-            self.port = topology.port
-            self.store = self._connect()
+        self.store = self._connect(topology.port, serves=topology.is_head)
         self._verdict: Verdict | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -149,7 +145,7 @@ class Meeting:
 
     def _listen(self, interrupt: Callable[[], None]) -> None:
         try:
-            store = self._connect()  # of its own: a store answers one question at a time
+            store = self._connect(self.store.port)  # of its own: a store answers one question at a time
             while not self._ended.wait(0.5):
                 if store.check(["verdict"]):
                     self._verdict = Verdict(**json.loads(store.get("verdict")))
@@ -160,14 +156,13 @@ class Meeting:
         if not self._ended.is_set():
             interrupt()
 
-    def _connect(self, *, is_head: bool = False) -> dist.TCPStore:
+    def _connect(self, port: int, *, serves: bool = False) -> dist.TCPStore:
         t = self._topology
-        port = t.port if is_head else (self.port if t.is_head else t.port)
         try:
             return dist.TCPStore(
                 t.head,
                 port,
-                is_master=is_head,
+                is_master=serves,
                 timeout=timedelta(seconds=LOST_S),
                 wait_for_workers=False,
             )

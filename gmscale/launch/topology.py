@@ -6,7 +6,7 @@ import re
 import socket
 from dataclasses import dataclass
 
-from gmscale.errors import UsageError
+from gmscale.errors import UsageError, check_range
 from gmscale.launch import network
 
 DEFAULT_PORT = 29400  # torchrun's
@@ -48,7 +48,7 @@ class Topology:
             f"{self.nodes} node{'s' if self.max_nodes > 1 else ''} x {self.nproc_per_node} processes, "
             f"{'head here' if self.is_head else f'head {self.head}:{self.port}'}, run id {self.run_id}; "
             f"this is {self.host}, {self.route.address} on {os.environ.get('GLOO_SOCKET_IFNAME')}, "
-            f"OMP_NUM_THREADS {threads}; at most {self.max_restarts} restarts"
+            f"OMP_NUM_THREADS {threads}; at most {self.max_restarts} restarts in a row"
         )
 
 
@@ -65,7 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="0 on the head; only where addresses do not tell, as for several nodes on one machine",
     )  # fmt: skip
     parser.add_argument("--run_id", default="gmscale", help="name of this start, the same on all nodes")
-    parser.add_argument("--max_restarts", type=int, default=3, help="times the ranks are started again (default 3)")
+    parser.add_argument(
+        "--max_restarts", type=int, default=3, help="restarts in a row without progress (default 3)"
+    )
     parser.add_argument(
         "--join_timeout_s", type=float, default=600.0,
         help="how long nodes wait for one another, also for one that comes back (default 600)",
@@ -80,10 +82,10 @@ def topology_of(options: argparse.Namespace, gpus: int) -> Topology:
     """Return what the options describe; raise UsageError for what cannot work, on a machine with so many GPUs."""
     least, most = _nodes(options.nnodes)
     processes = options.nproc_per_node if options.nproc_per_node is not None else max(1, gpus)
-    _check(processes >= 1, "--nproc_per_node", processes, "at least 1")
-    _check(options.max_restarts >= 0, "--max_restarts", options.max_restarts, "0 or more")
-    _check(options.join_timeout_s > 0, "--join_timeout_s", options.join_timeout_s, "more than 0")
-    _check(options.grace_s > 0, "--grace_s", options.grace_s, "more than 0")
+    check_range(processes, "--nproc_per_node", 1)
+    check_range(options.max_restarts, "--max_restarts", 0)
+    check_range(options.join_timeout_s, "--join_timeout_s", 0, open_low=True)
+    check_range(options.grace_s, "--grace_s", 0, open_low=True)
     if not re.fullmatch(r"[\w.\-]+", options.run_id):
         raise UsageError(f"--run_id is {options.run_id!r}; expected letters, digits, '.', '-' and '_'")
     if 0 < gpus < processes:
@@ -160,10 +162,5 @@ def _head(given: str) -> tuple[str, int]:
     if match is None:
         raise UsageError(f"--head is {given!r}; expected HOST, HOST:PORT, or [IPV6]:PORT")
     host, port = match[1] or match[3], int(match[2] or match[4] or DEFAULT_PORT)
-    _check(1 <= port <= 65535, "--head: the port", port, "1 to 65535")
+    check_range(port, "--head: the port", 1, 65535)
     return host, port
-
-
-def _check(fits: bool, name: str, value: object, expected: str) -> None:
-    if not fits:
-        raise UsageError(f"{name} is {value}; expected {expected}")

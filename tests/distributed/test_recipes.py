@@ -127,11 +127,12 @@ def test_what_cannot_be_compiled_is_refused_in_a_line(
     assert "\n" not in str(caught.value)
 
 
-def test_inductor_needs_a_compiler(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_needs_a_compiler(cache: Path, tmp_path: Path) -> None:
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(UsageError, match=r"needs a C\+\+ compiler"):
+    # not by monkeypatch, which leaves the setting deleted
+    without = inductor.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(UsageError, match=r"needs a C\+\+ compiler"):
         Run(tiny.config(cache, tmp_path, model={"compile": "inductor"}), tiny.ALONE)
 
 

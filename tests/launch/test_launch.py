@@ -54,14 +54,17 @@ def test_two_nodes_on_one_machine_need_their_rank() -> None:
             ["--nnodes", "2"],
             r"--nnodes is 2, and --head \(MASTER_ADDR\) is not given; name the node where all meet",
         ),
-        (["--nproc_per_node", "0"], "--nproc_per_node is 0; expected at least 1"),
+        (["--nproc_per_node", "0"], r"--nproc_per_node is 0; expected a number in \[1, inf\)$"),
         (["--nproc_per_node", "many"], "--nproc_per_node: invalid int value: 'many'"),
         (
             ["--nnodes", "2", "--head", "no.such.host.invalid"],
             "host name 'no.such.host.invalid' does not resolve on",
         ),
         (["--nnodes", "2", "--head", "localhost:port"], "--head is 'localhost:port'; expected HOST, HOST:PORT"),
-        (["--nnodes", "2", "--head", "localhost:99999"], "--head: the port is 99999; expected 1 to 65535"),
+        (
+            ["--nnodes", "2", "--head", "localhost:99999"],
+            r"--head: the port is 99999; expected a number in \[1, 65535\]$",
+        ),
         (
             ["--nnodes", "2", "--head", "192.0.2.1", "--node_rank", "0"],
             "--node_rank is 0, and --head 192.0.2.1 is not",
@@ -69,8 +72,8 @@ def test_two_nodes_on_one_machine_need_their_rank() -> None:
         (["--head", "192.0.2.1"], "--head 192.0.2.1 is not this machine, and --nnodes is 1"),
         (["--node_rank", "1"], "--node_rank is 1, and --nnodes is 1; expected 0"),
         (["--run_id", "a b"], "--run_id is 'a b'; expected letters"),
-        (["--max_restarts", "-1"], "--max_restarts is -1; expected 0 or more"),
-        (["--grace_s", "0"], "--grace_s is 0.0; expected more than 0"),
+        (["--max_restarts", "-1"], r"--max_restarts is -1; expected a number in \[0, inf\)$"),
+        (["--grace_s", "0"], r"--grace_s is 0.0; expected a number in \(0, inf\)$"),
         (["--nodes", "2"], "unrecognized arguments: --nodes 2"),
     ],
 )

@@ -50,6 +50,13 @@ def both(nodes: Nodes, argv: list[str], *topology: str, nnodes: str = "2") -> li
     return [nodes.launch(number, *topology, argv=argv, nnodes=nnodes) for number in (1, 2)]
 
 
+def at_work(nodes: Nodes, cache: Path, run_dir: Path) -> list[Launcher]:
+    """Both launchers, when their ranks have done 15 steps."""
+    launchers = both(nodes, tiny.flags(cache, run_dir, **SECTIONS))
+    wait_for("step 15", launchers, lambda: step_of(run_dir) >= 15)
+    return launchers
+
+
 def assert_ended(launchers: list[Launcher], status: int, timeout_s: float = 90) -> None:
     for launcher in launchers:
         assert launcher.wait(timeout_s) == status, "\n".join(x.output for x in launchers)
@@ -59,8 +66,7 @@ def test_a_killed_worker_costs_a_restart_and_no_bit(
     nodes: Nodes, undisturbed: Path, cache: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    launchers = both(nodes, tiny.flags(cache, run_dir, **SECTIONS))
-    wait_for("step 15", launchers, lambda: step_of(run_dir) >= 15)
+    launchers = at_work(nodes, cache, run_dir)
     os.kill(launchers[1].ranks()[1], signal.SIGKILL)
     took = wait_for("the second start", launchers, lambda: "start 2: 2 nodes" in launchers[0].output)
     assert took < RESTART_S
@@ -74,8 +80,7 @@ def test_a_cable_that_is_cut_and_restored_costs_a_restart_and_no_bit(
     nodes: Nodes, undisturbed: Path, cache: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    launchers = both(nodes, tiny.flags(cache, run_dir, **SECTIONS))
-    wait_for("step 15", launchers, lambda: step_of(run_dir) >= 15)
+    launchers = at_work(nodes, cache, run_dir)
     nodes.cable("down")
     # gloo gives up after parallel.timeout_s
     timeout_s = SECTIONS["parallel"]["timeout_s"]
@@ -125,8 +130,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_goes_on_without_its_process(
     nodes: Nodes, undisturbed: Path, cache: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    launchers = both(nodes, tiny.flags(cache, run_dir, **SECTIONS))
-    wait_for("step 15", launchers, lambda: step_of(run_dir) >= 15)
+    launchers = at_work(nodes, cache, run_dir)
     os.kill(launchers[1].ranks()[1], signal.SIGSTOP)
     took = wait_for("the second start", launchers, lambda: "start 2: 2 nodes" in launchers[0].output)
     assert took < SECTIONS["parallel"]["timeout_s"] + RESTART_S
@@ -172,7 +176,8 @@ def test_a_node_gone_for_good_is_done_without_and_a_new_one_is_let_in(
 ) -> None:
     """With one node, and then with both again, the run does what as many ranks do that are started by hand."""
     run_dir = tmp_path / "run"
-    sections = {**SECTIONS, "parallel": {**SECTIONS["parallel"], "elastic": True}}
+    longer = {**SECTIONS["run"], "epochs": 40.0}  # than it takes to come back
+    sections = {**SECTIONS, "run": longer, "parallel": {**SECTIONS["parallel"], "elastic": True}}
     argv = tiny.flags(cache, run_dir, **sections)
     launchers = both(nodes, argv, nnodes="1:2")
     wait_for("step 15", launchers, lambda: step_of(run_dir) >= 15)
