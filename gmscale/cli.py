@@ -63,6 +63,12 @@ def _compare(argv: list[str]) -> int:
     return in_world(parsed.parallel, lambda world: _status(compare(parsed, rest.seeds, world)))
 
 
+def _evaluate(argv: list[str]) -> int:
+    from gmscale.evaluation.command import main as evaluate
+
+    return evaluate(argv, in_world)
+
+
 def _report(argv: list[str]) -> int:
     from gmscale.report import write_report
 
@@ -84,6 +90,12 @@ def _launch(argv: list[str]) -> int:
     from gmscale.launch import main as launch
 
     return launch(argv)
+
+
+def _sweep(argv: list[str]) -> int:
+    from gmscale.sweep import main as sweep
+
+    return sweep(argv)
 
 
 def _find(argv: list[str]) -> int:
@@ -125,6 +137,8 @@ def _doctor(argv: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "compare": _compare,
+    "sweep": _sweep,
+    "evaluate": _evaluate,
     "launch": _launch,
     "report": _report,
     "bench": _bench,
@@ -140,6 +154,8 @@ usage: gmscale COMMAND ...
 
   train     train one run                        gmscale train --config configs/quickstart.yaml
   compare   no mask, the mask and a random mask of equal density, at equal seeds
+  sweep     many trials over any settings, with controls and a winner confirmed on fresh seeds
+  evaluate  a finished run's accuracy, also after pruning and under attack
   launch    start training on this node of several, as launch/torchrun.sh and slurm/ do
   report    write one HTML page about runs       gmscale report runs/quickstart
   find      the batch size that fits and is fastest; a range test of the learning rate
@@ -156,7 +172,9 @@ Exit status: 0 done, 1 the run failed, 2 usage, 75 stopped on request after a ch
 
 def _can_stop(argv: list[str]) -> bool:
     """Return whether the command looks for requests to stop: it then listens from its first moment on."""
-    return argv[0] in ("train", "compare") and not {"--dry_run", "--help", "-h", "--print_config"} & set(argv)
+    return argv[0] in ("train", "compare", "sweep") and not {"--dry_run", "--help", "-h", "--print_config"} & set(
+        argv
+    )
 
 
 def _status(finished: bool) -> int:

@@ -32,13 +32,13 @@ from gmscale.tracking import StepClock, Tracker, plain_console
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: finished with `summary`, or stopped on request after a checkpoint (summary None)."""
+    """How a run ended: finished with `summary`, or stopped as asked after a checkpoint (summary None)."""
 
     summary: dict[str, Any] | None
 
 
 def train(config: TrainConfig, world: World, console: Console | None = None) -> Outcome:
-    """Train the run that `config` describes, from its newest checkpoint if there is one.
+    """Train the run that `config` describes, from its newest checkpoint, or that which it branches from, if any.
 
     Called by every rank of `world`. Raises UsageError for what cannot be asked for, before anything is written
     to the run directory, and RunError for what fails on the way.
@@ -57,29 +57,34 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     # -- data, model, mask, optimizer -------------------------------------------------------------------------
     with parallel.together(world):
         newest = checkpoint.latest(run_dir)
-        start = checkpoint.read(newest)["step"] if newest else 0
-        division = elastic.divide(config, world, rundir.world_sizes(run_dir, newest, config, world), start)
+        origin = None if newest else rundir.origin(config, world)
+        given = newest or origin
+        start = checkpoint.read(given)["step"] if given else 0
+        division = elastic.divide(config, world, rundir.world_sizes(run_dir, given, config, world), start)
     build.prepare_process(config, world)
     loader, val_loader = build.loaders(division.config, world)
     steps_per_epoch, classes = loader.steps_per_epoch, len(loader.classes)
     total_steps = max(1, round(config.run.epochs * steps_per_epoch))
     state = build.training_state(
-        division.config, world, classes, steps_per_epoch, step=start, resumes=newest is not None
+        division.config, world, classes, steps_per_epoch, step=start, resumes=given is not None
     )
     with parallel.together(world):
         probe = build.probe(state.attachment, config)
 
-    # -- resume, or begin -------------------------------------------------------------------------------------
-    identity = rundir.identity(config, division.history, loader.fingerprint, state.attachments)
+    # -- resume, branch, or begin -----------------------------------------------------------------------------
+    parent = rundir.branched_from(newest, origin)
+    identity = rundir.identity(config, division.history, loader.fingerprint, state.attachments, parent)
     with parallel.together(world):
         if newest is not None:
             rundir.check_identity(newest, identity, config)
-    if newest is not None:
-        state.restore(newest, world, config.run.seed)
+        elif origin is not None:
+            rundir.check_branch(origin, identity, config, total_steps)
+    if given is not None:
+        state.restore(given, world, config.run.seed, branches=origin is not None)
     with parallel.together(world):
         owner = ownership.take(run_dir) if world.is_main else None
         if world.is_main:
-            rundir.begin(run_dir, config, world, state.attachments, state.loaded, division.history)
+            rundir.begin(run_dir, config, world, state.attachments, state.loaded, identity, anew=newest is None)
             rundir.write_data(run_dir, loader.classes, loader.samples)
     tracker = None
     with parallel.together(world):
@@ -88,8 +93,8 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     say = tracker.say if tracker else lambda message: None
     if state.loaded is not None:
         say(state.loaded.summary())
-    if newest is not None:
-        say(f"goes on after step {start} of {total_steps}")
+    if given is not None:
+        say(f"{f'branches from {origin}, ' if origin else ''}goes on after step {start} of {total_steps}")
     if tracker and division.change and start < total_steps:
         tracker.say(division.change)
         now = {"world_size": world.size, "grad_accum_steps": division.config.optim.grad_accum_steps}
@@ -111,6 +116,8 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
     profiler = StepProfiler(run_dir / "profile", config.run.profile_steps, world, start, total_steps, say)
     eval_every = max(1, round(config.run.eval_every_epochs * steps_per_epoch))
     save_every = config.run.save_every_steps or eval_every
+    pause = config.run.pause_after_epochs
+    pauses_at = max(1, round(pause * steps_per_epoch)) if pause else total_steps
     unfreezes_at = build.unfreeze_step(config, steps_per_epoch)
     batches = _steps(loader, start, total_steps)
     clock, began = StepClock(), time.monotonic()
@@ -132,10 +139,12 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             world.heartbeat.at("agreement", step + 1)
             stops, *writing = parallel.count_over_ranks(world, stop.requested, *saver.progress)
             saver.advance(*writing)
-            if stops:
+            if stops or step >= pauses_at:
                 save(step)
                 saver.finish()
-                say(f"stopped on request after step {step} of {total_steps}; the same command goes on")
+                stopped = "stopped on request" if stops else "paused, as run.pause_after_epochs asks,"
+                again = "the same command" if stops else "the same command without it, or with more,"
+                say(f"{stopped} after step {step} of {total_steps}; {again} goes on")
                 return Outcome(None)
             last = step + 1 == total_steps
             due_eval = last or (step + 1) % eval_every == 0
@@ -202,7 +211,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             if step + 1 == unfreezes_at:  # after the masks have reported, before the state is saved
                 with clock.paused():
                     build.unfreeze(state, config, world)
-                identity = rundir.identity(config, division.history, loader.fingerprint, state.attachments)
+                identity = rundir.identity(config, division.history, loader.fingerprint, state.attachments, parent)
                 if tracker:
                     rundir.write_touched(run_dir, state.attachments)
                 say(f"everything trains from step {step + 2} on")
@@ -231,6 +240,7 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             "ema_top1": averaged["top1"] if averaged else None,
             "skipped_steps": state.skips.total,
             "world_sizes": division.history,
+            "branched_from": parent,
             "wall_s": round(time.monotonic() - began, 3),
         }
         if tracker:

@@ -17,6 +17,10 @@ from gmscale.models import Frozen, Loaded, Schedule
 from gmscale.parallel import World, Wrapped
 from gmscale.sites import Attachment
 
+# What of an optimizer's groups follows from settings that a branch may change. The rest of them is equal or state,
+# such as a count of steps.
+_SETTINGS = {"lr", "initial_lr", "fallback_lr_scale", "weight_decay"}
+
 
 @dataclass
 class TrainingState:
@@ -68,10 +72,11 @@ class TrainingState:
             },
         )
 
-    def restore(self, path: Path, world: World, seed: int) -> None:
+    def restore(self, path: Path, world: World, seed: int, *, branches: bool = False) -> None:
         """Load a checkpoint of the same run, whose seed is `seed`; a collective.
 
-        If another number of ranks saved it, elastic.py says what of theirs each has now.
+        If another number of ranks saved it, elastic.py says what of theirs each has now. A run that `branches` from
+        another's checkpoint keeps the optimizer's settings of its own configuration.
         """
         with parallel.together(world):  # each rank reads what is its own before they load in step
             state = checkpoint.read(path)
@@ -88,7 +93,12 @@ class TrainingState:
             checkpoint.load_weights(path, self.wrapped.load_weights)
         if self.ema is not None:
             checkpoint.load_weights(path, self.ema.module.load_state_dict, "model_ema")
+        groups = self.wrapped.optimizer.param_groups
+        settings = [{name: group[name] for name in _SETTINGS & group.keys()} for group in groups]
         self.wrapped.load_optimizer_state(optimizer, own["back_end"])
+        if branches:
+            for group, own_settings in zip(self.wrapped.optimizer.param_groups, settings, strict=True):
+                group.update(own_settings)
         self.best_top1 = state["shared"]["best_top1"]
         self.skips.load_state_dict(state["shared"]["skips"])
         if self.schedule is not None:

@@ -25,7 +25,8 @@ ONLY = {
     "sites": {"masking"},
     "data": set(),
     "statistics": set(),
-    "report": {"statistics"},
+    "report": {"statistics", "trials"},
+    "trials": {"statistics"},
     "config": {"data", "masking"},
     "launched": set(),
     "heartbeat": {"launched"},
@@ -45,7 +46,21 @@ ONLY = {
     "step": {"config", "data", "losses", "parallel", "training_state"},
     "profiling": {"parallel"},
     "tracking": {"config", "data"},
-    "evaluation": {"data", "parallel"},
+    "evaluation": {"config", "data", "export", "parallel", "report", "scorecards", "shards", "tracking"},
+    "scorecards": set(),
+    "sweep": {
+        "checkpoint",
+        "config",
+        "data",
+        "diagnosis",
+        "heartbeat",
+        "launch",
+        "report",
+        "scorecards",
+        "stopping",
+        "tracking",
+        "trials",
+    },
     "records": {"sites"},
     "bench": {"costs", "data", "environment", "masking", "parallel", "sites", "tracking", "traffic"},
     "shards": {"data"},
@@ -73,7 +88,7 @@ ONLY = {
     "export": {"checkpoint", "config", "data", "models", "report"},
     "verify": {"config", "data", "masking", "models", "parallel", "sites", "tracking"},
 }
-MAY_IMPORT_TRAIN = {"cli", "compare", "sweep"}
+MAY_IMPORT_TRAIN = {"cli", "compare"}
 
 
 def modules(part: str) -> list[Path]:
@@ -144,3 +159,12 @@ def test_reports_statistics_and_help_do_without_torch(heavy: str) -> None:
         f"assert {heavy!r} not in sys.modules, 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
+
+
+def test_what_ray_loads_with_every_trial_is_small() -> None:
+    code = (
+        "import sys, gmscale.sweep.actor\n"
+        "loaded = [name for name in ('torch', 'matplotlib', 'timm', 'optuna') if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=120)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
@@ -26,6 +27,12 @@ class RunConfig:
     """Seed of initialisation, sample order, augmentation and dropout."""
     epochs: float = 6.0
     """Length of training; a fraction is allowed."""
+    pause_after_epochs: float = 0.0
+    """Stop after so many epochs as on request: a checkpoint, exit status 75; the same command without it, or with
+    more, goes on. 0 is off."""
+    branch_from: str = ""
+    """Begin as the run of this checkpoint goes on (its weights, optimizer and place in the data), but with the
+    settings given here; of a run directory it is the newest. Of no effect once dir has a checkpoint of its own."""
     log_every: int = 20
     """Steps between two training lines in metrics.jsonl."""
     eval_every_epochs: float = 1.0
@@ -57,6 +64,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_range(self.seed, "run.seed", 0, 10**9)
         check_range(self.epochs, "run.epochs", 0, 1e5, open_low=True)
+        check_range(self.pause_after_epochs, "run.pause_after_epochs", 0)
         check_range(self.log_every, "run.log_every", 1)
         check_range(self.eval_every_epochs, "run.eval_every_epochs", 0, open_low=True)
         check_range(self.save_every_steps, "run.save_every_steps", 0)
@@ -71,6 +79,10 @@ class RunConfig:
             check_range(self.probe_every, "run.probe_every", 2)
         if not self.dir:
             raise UsageError("run.dir is empty; expected the path of the run directory")
+        if self.branch_from:
+            own, origin = Path(self.dir).resolve(), Path(self.branch_from).resolve()
+            if own == origin or own / "checkpoints" == origin.parent:
+                raise UsageError(f"run.branch_from {self.branch_from} is of run.dir itself; choose another run.dir")
 
 
 @dataclass(frozen=True, kw_only=True)

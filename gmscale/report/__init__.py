@@ -1,4 +1,4 @@
-"""Runs -> one self-contained HTML page with tables and figures. Imports no torch."""
+"""Runs, or a sweep -> one self-contained HTML page with tables and figures. Imports no torch."""
 
 from gmscale.report.comparison import Arm, ArmsTable, arms
 from gmscale.report.page import write_report

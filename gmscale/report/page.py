@@ -1,4 +1,4 @@
-"""Put the tables and figures of runs on one HTML page."""
+"""Put the tables and figures of runs on one HTML page, or hand a sweep over to its own."""
 
 import base64
 import os
@@ -7,11 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from gmscale.errors import UsageError
-from gmscale.files import write_atomically
-from gmscale.report import figures
+from gmscale.report import figures, html, sweep
 from gmscale.report.comparison import Arm, ArmsTable, arms, differing_keys, plain
 from gmscale.report.runs import Run, find_runs
 from gmscale.statistics import ENOUGH_SEEDS
@@ -24,23 +20,18 @@ _NOT_VERSIONS |= {"world_size", "world_sizes"}
 
 
 def write_report(paths: Iterable[str | Path], out: str | Path | None = None) -> Path:
-    """Write the report on the runs at or below `paths` and return where it is.
+    """Write the report on the runs at or below `paths`, or on the one sweep there, and return where it is.
 
     Without `out` it is report.html in the paths' common parent, or inside a single given directory. The
     page appears complete or not at all; UsageError where nothing is found or the place is not writable.
     """
     given = [Path(path) for path in paths]
-    runs = find_runs(given)
+    swept = sweep.the_one(given)
+    runs = [] if swept else find_runs(given)
     out = Path(out) if out else Path(os.path.commonpath([path.absolute() for path in given])) / "report.html"
     if out.is_dir():
         out = out / "report.html"
-    page = _render(runs, out.absolute().parent)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, page)
-    except OSError as error:
-        raise UsageError(f"cannot write the report to {out}: {error.strerror}") from error
-    return out
+    return html.write(sweep.render(swept) if swept else _render(runs, out.absolute().parent), out)
 
 
 def _render(runs: Sequence[Run], home: Path) -> str:
@@ -54,15 +45,8 @@ def _render(runs: Sequence[Run], home: Path) -> str:
     def curves(found: Sequence[Arm], phase: str, key: str, x: str, label: str, scale: float = 1.0) -> str:
         return figures.curves(found, drawn, phase, key, x, label, scale)
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"decimal": _decimal, "plain": plain}
-    return environment.get_template("page.html.j2").render(
+    return html.render(
+        "page.html.j2",
         title=_title(runs),
         facts=_facts(runs),
         notices=_notices(runs, table),
@@ -243,10 +227,3 @@ def _ranges(numbers: set[int]) -> str:
         else:
             parts.append([value])
     return _several("–".join(map(str, part)) for part in parts)
-
-
-def _decimal(value: float | None, digits: int = 1, scale: float = 1.0, sign: bool = False) -> str:
-    """A number for a table cell: a real minus sign, thousands apart, a dash for none."""
-    if value is None:
-        return "–"
-    return f"{scale * value:{'+' if sign else ''},.{digits}f}".replace("-", "−").replace(",", " ")

@@ -1,0 +1,184 @@
+"""A sweep on Ray: Tune finds resources for the trials, asks what to try next, and says which go on.
+
+What is true of a trial stands in the ledger; what Ray keeps is thrown away at the end of every session.
+"""
+
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gmscale.config import TrainConfig
+from gmscale.errors import RunError
+from gmscale.stopping import StopRequest
+from gmscale.sweep import planning, resources, space, work
+from gmscale.sweep.config import SweepConfig
+from gmscale.sweep.display import Display
+from gmscale.trials import MASK, Follower, Ledger, Trial
+
+# Before Ray is imported; what the user has set stays.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as Ray is about to do anyway, without its warning
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we listen
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no metric
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+}
+
+
+class Driver:
+    """Trains the trials of the sweep in `folder` that have not ended."""
+
+    def __init__(
+        self, folder: Path, base: TrainConfig, sweep: SweepConfig, display: Display, stop: StopRequest
+    ) -> None:
+        self._folder, self._base, self._sweep = folder.absolute(), base, sweep
+        self._display, self._stop = display, stop
+        self._ledger, self._follower = Ledger(folder), Follower(folder)
+        self._search_is_over = False
+
+    def run(self) -> bool:
+        """Search, then confirm; return False if it was asked to stop."""
+        if self._open() or planning.next_number(self._sweep, self._follower.records) is not None:
+            with _ray(self._sweep):
+                self._train()
+        return not self._stop.requested
+
+    def _open(self) -> list[Trial]:
+        records = self._follower.update()
+        if not self._search_is_over:
+            self._search_is_over = planning.plan_confirmation(self._ledger, self._base, self._sweep, records)
+            records = self._follower.update()
+        return [record.trial for record in records.values() if not record.ended]
+
+    def _train(self) -> None:
+        """Let Tune train what is planned, what an adaptive search comes up with, and then the confirmation."""
+        from ray import tune
+
+        from gmscale.sweep import actor, reporting, scheduling, searching
+
+        handed_out: set[int] = set()
+        asked = None
+        if self._sweep.search in planning.ADAPTIVE:
+            distributions = space.to_optuna(self._sweep.domains)
+            asked = searching.Asked(self._sweep, distributions, self._follower.records)
+
+        def following() -> Trial | None:
+            trial = next((trial for trial in self._open() if trial.number not in handed_out), None)
+            if trial is None and asked is not None:
+                number = planning.next_number(self._sweep, self._follower.records)
+                if number is not None:
+                    settings = asked.settings(number)
+                    trial = Trial(number, "search", MASK, settings, self._base.run.seed)
+                    self._ledger.plan(trial)
+            if trial is not None:
+                handed_out.add(trial.number)
+            return trial
+
+        def ended(number: int, result: Mapping[str, Any] | None) -> None:
+            if asked is not None:
+                state = "failed" if result is None else result.get("state", "stopped")
+                asked.tell(number, result or {}, state)
+
+        resources_of_one = resources.needed(self._sweep)
+        actor.forget_requests(self._folder)
+        storage = self._folder / ".ray"
+        try:
+            tune.Tuner(
+                tune.with_resources(actor.TrialActor, tune.PlacementGroupFactory([resources_of_one])),
+                tune_config=tune.TuneConfig(
+                    search_alg=searching.Planned(following, self._config, ended),
+                    scheduler=scheduling.make(self._sweep, self._base, self._follower.records),
+                    num_samples=-1,
+                    max_concurrent_trials=self._sweep.at_once or None,
+                    reuse_actors=True,
+                    trial_name_creator=lambda trial: f"{trial.config['number']:04d}",
+                    trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(storage),
+                    verbose=int(self._sweep.ray_output),
+                    failure_config=tune.FailureConfig(max_failures=self._sweep.retries),
+                    callbacks=[reporting.Reporter(self)],
+                    stop=reporting.Requested(self._stop, self._folder),
+                    log_to_file=False,
+                ),
+            ).fit()
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+            actor.forget_requests(self._folder)
+        self.show()
+
+    def _config(self, trial: Trial) -> dict[str, Any]:
+        """Return what Tune hands to the actor of a trial."""
+        sweep = self._sweep
+        record = self._follower.records.get(trial.number)
+        branches = record.branches if record else []
+        judged = trial.arm == MASK and trial.stage == "search"
+        return {
+            "folder": str(self._folder),
+            "number": trial.number,
+            "terms": asdict(work.terms(sweep)),
+            "settings": dict((branches[-1] if branches else trial).settings),
+            "epochs": self._base.run.epochs,
+            "pause_every": sweep.perturb_epochs if judged and sweep.scheduler == "pbt" else None,
+            "judged": judged,
+        }
+
+    def show(self) -> None:
+        """Bring the display up to date."""
+        self._display.update(self._follower.update())
+
+    def stopped(self, number: int, values: Mapping[str, float]) -> None:
+        """Write down that the scheduler has ended a trial."""
+        record = self._follower.update()[number]
+        if not record.ended:
+            last = record.results[-1].values if record.results else values
+            self._ledger.end(record.trial, "stopped", last, 0.0)
+
+    def lost(self, number: int, error: str, *, for_good: bool) -> None:
+        """Write down that the process or the node that trained a trial is gone."""
+        record = self._follower.update()[number]
+        if record.ended:
+            return
+        if for_good:
+            self._ledger.end(record.trial, "failed", {}, 0.0, error)
+        else:
+            self._ledger.failure(record.trial, error, 0.0)
+
+
+@contextmanager
+def _ray(sweep: SweepConfig) -> Iterator[None]:
+    """Join the cluster at RAY_ADDRESS, or start Ray on this machine; leave it when done."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if sweep.ray_output else logging.CRITICAL
+    options: dict[str, Any] = {"log_to_driver": sweep.ray_output, "logging_level": level}
+    if address is None:
+        options |= {"num_cpus": resources.cores(), "include_dashboard": sweep.dashboard}
+        options["object_store_memory"] = 100 * 2**20  # trials hand nothing but numbers to one another
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        where = f"at RAY_ADDRESS {address}" if address else f"on {socket.gethostname()}"
+        raise RunError(f"Ray {where} does not answer: {' '.join(str(error).split())[:200]}") from None
+    try:
+        resources.check(sweep, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        with StopRequest():  # again: Ray has put handlers of its own in place
+            yield
+    finally:
+        ray.shutdown()
