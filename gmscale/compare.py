@@ -31,6 +31,9 @@ ENOUGH_SEEDS = 5
 def arms(config: TrainConfig) -> dict[str, TrainConfig]:
     """Return the arms by label. Raises UsageError if the configured mask cannot be one of them."""
     mask = config.mask
+    for name in ("pause_after_epochs", "branch_from"):
+        if getattr(config.run, name):
+            raise UsageError(f"run.{name} is set, which belongs to one run; gmscale compare trains several")
     if not mask.enabled or mask.operator == "random":
         raise UsageError(
             f"gmscale compare needs a mask to compare with none and with a random one; "

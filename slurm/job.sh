@@ -61,11 +61,21 @@ on_every_node() {
 }
 
 start_on_every_node() {
+  announce
+  start_on_nodes_from 0 "$@"
+}
+
+announce() {
   echo "gmscale: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST" \
     "(CPUs of a node: ${SLURM_CPUS_ON_NODE:-?}, GPUs: ${SLURM_GPUS_ON_NODE:-0})"
+}
+
+# Starts a command, all but the first argument, on every node but the first so many.
+start_on_nodes_from() {
+  local nodes=$((SLURM_JOB_NUM_NODES - $1))
   # no binding: what the one task of a node starts shares all that the job has there
-  srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --cpu-bind none \
-    --kill-on-bad-exit=0 --wait 60 "${srun_options[@]}" "$@" &
+  srun --relative "$1" --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --cpu-bind none \
+    --kill-on-bad-exit=0 --wait 60 "${srun_options[@]}" "${@:2}" &
   step=$!
 }
 

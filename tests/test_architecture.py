@@ -46,7 +46,9 @@ ONLY = {
     "step": {"config", "data", "losses", "parallel", "training_state"},
     "profiling": {"parallel"},
     "tracking": {"config", "data"},
-    "evaluation": {"config", "data", "export", "parallel", "report", "scorecards", "shards", "tracking"},
+    "evaluation": {"config", "data", "parallel", "progress", "report", "scorecards", "tracking", "trained"},
+    "trained": {"checkpoint", "config", "models", "report"},
+    "progress": set(),
     "scorecards": set(),
     "sweep": {
         "checkpoint",
@@ -62,8 +64,21 @@ ONLY = {
         "trials",
     },
     "records": {"sites"},
-    "bench": {"costs", "data", "environment", "masking", "parallel", "sites", "tracking", "traffic"},
-    "shards": {"data"},
+    "bench": {
+        "config",
+        "costs",
+        "data",
+        "environment",
+        "masking",
+        "parallel",
+        "sites",
+        "stopping",
+        "sweep",
+        "tracking",
+        "traffic",
+        "trials",
+    },
+    "shards": {"data", "progress"},
     "traffic": set(),
     "costs": set(),
     "dry_run": {
@@ -85,7 +100,7 @@ ONLY = {
         "training_state",
     },
     "find": {"build", "config", "data", "dry_run", "parallel", "step", "tracking"},
-    "export": {"checkpoint", "config", "data", "models", "report"},
+    "export": {"checkpoint", "config", "data", "models", "report", "trained"},
     "verify": {"config", "data", "masking", "models", "parallel", "sites", "tracking"},
 }
 MAY_IMPORT_TRAIN = {"cli", "compare"}

@@ -110,6 +110,8 @@ def test_a_comparison_needs_a_mask_that_is_not_random(cache: Path, tmp_path: Pat
     for mask in ({"enabled": False}, {"operator": "random"}):
         with pytest.raises(UsageError, match="needs a mask"):
             arms(tiny.config(cache, tmp_path, mask=mask))
+    with pytest.raises(UsageError, match="pause_after_epochs is set"):
+        arms(tiny.config(cache, tmp_path, run={"pause_after_epochs": 1.0}))
     with pytest.raises(UsageError, match="--seeds"):
         compare(settings(cache, tmp_path), 0, tiny.ALONE)
 

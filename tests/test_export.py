@@ -21,12 +21,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from gmscale import cli
+from gmscale import cli, trained
 from gmscale import config as configuration
 from gmscale.checkpoint import shards
 from gmscale.checkpoint.tensors import write_tensors
 from gmscale.errors import RunError, UsageError
-from gmscale.export import export, onnx_file, push, trained
+from gmscale.export import export, onnx_file, push
 from gmscale.parallel import WeightShard
 
 TOKEN = "hf_" + "t" * 34

@@ -18,6 +18,7 @@ usage: gmscale bench WHAT ...
   plan    the step that gmscale plan predicts beside the measured one, over such links (Linux, root)
   loop    whole training runs beside those of timm's and Accelerate's loops: images/s, start-up, memory
   loader  input pipelines on the same JPEGs: images per CPU-second; a training's wait for data; the index at scale
+  sweep   a sweep beside its trials by hand; what its driver holds; the report of a thousand trials
 
 gmscale bench WHAT --help explains the options."""
 
@@ -88,6 +89,12 @@ def _loop(argv: list[str]) -> int:
     return loop(argv)
 
 
+def _sweep(argv: list[str]) -> int:
+    from gmscale.bench.sweep import main as sweep
+
+    return sweep(argv)
+
+
 _BENCHES: dict[str, Callable[[list[str]], int]] = {
     "step": _step,
     "mask": _mask,
@@ -95,4 +102,5 @@ _BENCHES: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "loop": _loop,
     "loader": _loader,
+    "sweep": _sweep,
 }

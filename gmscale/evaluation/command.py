@@ -23,11 +23,11 @@ from gmscale.errors import OneLineParser, UsageError, check_choice, check_range
 from gmscale.evaluation.attacks import ATTACKS, NORMS, Attack
 from gmscale.evaluation.pruning import check_sparsity
 from gmscale.evaluation.scorecard import Accuracy, Measurement, Pruning, Scorecard, measure
-from gmscale.export.trained import Trained, load
 from gmscale.parallel import World
+from gmscale.progress import Meter
 from gmscale.report import load_run
-from gmscale.shards.progress import Meter
 from gmscale.tracking import plain_console
+from gmscale.trained import Trained, load
 
 _DESCRIPTION = """\
 Measure a finished run's model on its validation split: accuracy, accuracy after pruning its smallest weights, and

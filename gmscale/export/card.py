@@ -12,7 +12,7 @@ from timm.optim import get_optimizer_info
 from gmscale.config import OutputConfig, TrainConfig
 from gmscale.data import AugmentConfig
 from gmscale.export.timm_files import CARD
-from gmscale.export.trained import Trained
+from gmscale.trained import Trained
 
 Rows = list[tuple[str, str]]
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from gmscale.errors import UsageError, check_choice
 from gmscale.export import card, onnx_file, timm_files
-from gmscale.export.trained import Trained, load
 from gmscale.files import sync
+from gmscale.trained import Trained, load
 
 Format = Literal["safetensors", "onnx", "hf"]
 FORMATS: tuple[str, ...] = get_args(Format)

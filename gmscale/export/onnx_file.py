@@ -14,7 +14,7 @@ from gmscale.config import TrainConfig
 from gmscale.data import embedded
 from gmscale.errors import RunError, UsageError
 from gmscale.export import timm_files
-from gmscale.export.trained import Trained
+from gmscale.trained import Trained
 
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from gmscale.errors import RunError
-from gmscale.export.trained import Trained
+from gmscale.trained import Trained
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)

@@ -17,7 +17,7 @@ from gmscale.launch.console import say
 from gmscale.launch.topology import Topology, add_options, set_environment, topology_of
 from gmscale.stopping import STOPPED, StopRequest
 
-_COMMANDS = ("train", "compare", "find")
+_COMMANDS = ("train", "compare", "find", "evaluate")
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         prog="gmscale launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="train, compare or find, with its own options")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=f"{', '.join(_COMMANDS)}, with its own options")
     options = parser.parse_args(argv)
     if not options.command:
         raise UsageError("gmscale launch: no command; expected gmscale launch --nnodes N ... train --config FILE")

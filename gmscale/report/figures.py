@@ -27,21 +27,21 @@ _WIDTH = 5.8  # inches, at which the text of a half-page figure has the size of 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#882255")
 _UNMASKED = "#222222"
 _PARTS = ("step_ms", "data_ms", "hook_ms")
-_INK, _FAINT = "#3b4252", "#d9dee5"
-_RC: Any = {
+INK, _FAINT = "#3b4252", "#d9dee5"
+RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": "#9aa3af",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": _FAINT,
     "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
     "text.parse_math": False,  # a dollar sign in an arm's label is a dollar sign
     "svg.hashsalt": "gmscale",  # the same runs give the same bytes
 }
@@ -72,8 +72,8 @@ def curves(
     arms: Iterable[Arm], drawn: dict[str, Style], phase: str, key: str, x: str, label: str, scale: float = 1.0
 ) -> str:
     """Draw `key` of one phase against `x`: a line is an arm's mean over its runs, its band min to max."""
-    with matplotlib.rc_context(_RC):
-        figure, axes = _canvas(3.3)
+    with matplotlib.rc_context(RC):
+        figure, axes = canvas(3.3)
         drawn_before: list[bytes] = []
         for arm in arms:
             grid, values = _on_one_grid([_series(run, phase, x, key) for run in arm.shown_runs])
@@ -96,7 +96,7 @@ def curves(
                 axes.fill_between(grid, low, high, color=style.colour, alpha=0.14, linewidth=0)
         axes.set_xlabel(x)
         axes.set_title(label, loc="left", fontsize=9)
-        return _svg(figure) if axes.lines else ""
+        return svg(figure) if axes.lines else ""
 
 
 def differences(arms: Iterable[Arm], drawn: dict[str, Style]) -> str:
@@ -104,8 +104,8 @@ def differences(arms: Iterable[Arm], drawn: dict[str, Style]) -> str:
     compared = [(arm, arm.difference) for arm in arms if arm.difference and arm.difference.n]
     if not compared:
         return ""
-    with matplotlib.rc_context(_RC):
-        figure, axes = _canvas(0.8 + 0.42 * len(compared))
+    with matplotlib.rc_context(RC):
+        figure, axes = canvas(0.8 + 0.42 * len(compared))
         axes.axvline(0, color=_UNMASKED, linewidth=1)
         for row, (arm, paired) in enumerate(compared):
             colour = drawn[arm.label].colour
@@ -114,11 +114,11 @@ def differences(arms: Iterable[Arm], drawn: dict[str, Style]) -> str:
             interval = [end for end in (paired.low, paired.high) if end is not None]
             axes.plot(interval, [row - 0.12] * len(interval), color=colour, linewidth=2)
             axes.plot([statistics.fmean(seeds)], [row - 0.12], "D", ms=5, color=colour)
-        axes.set_yticks(range(len(compared)), [_short(arm.label) for arm, _ in compared])
+        axes.set_yticks(range(len(compared)), [shortened(arm.label) for arm, _ in compared])
         axes.set_ylim(len(compared) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_title("difference in top1 to the unmasked reference, points", loc="left", fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def layers(arms: Sequence[Arm], drawn: dict[str, Style], key: str, label: str) -> tuple[str, int]:
@@ -134,8 +134,8 @@ def layers(arms: Sequence[Arm], drawn: dict[str, Style], key: str, label: str) -
     largest = sorted(names, key=_entries(arms), reverse=True)[:MAX_LAYERS]
     shown = [name for name in names if name in set(largest)]
 
-    with matplotlib.rc_context(_RC):
-        figure, axes = _canvas(0.7 + len(shown) * max(0.17, 0.06 * len(means)))
+    with matplotlib.rc_context(RC):
+        figure, axes = canvas(0.7 + len(shown) * max(0.17, 0.06 * len(means)))
         for row, (name, values) in enumerate(means.items()):
             offset = 0.0 if len(means) == 1 else 0.5 * (row / (len(means) - 1) - 0.5)
             style = drawn[name]
@@ -143,11 +143,13 @@ def layers(arms: Sequence[Arm], drawn: dict[str, Style], key: str, label: str) -
             fractions = [100 * values[layer] for layer in shown if layer in values]
             filling = "none" if style.dash else style.colour
             axes.plot(fractions, heights, "o", ms=4, color=style.colour, markerfacecolor=filling)
-        axes.set_yticks(range(len(shown)), [_short(name.removesuffix(".weight")) for name in shown], fontsize=7.5)
+        axes.set_yticks(
+            range(len(shown)), [shortened(name.removesuffix(".weight")) for name in shown], fontsize=7.5
+        )
         axes.set_ylim(len(shown) - 0.4, -0.6)  # the input at the top
         axes.set_xlim(-2, 102)
         axes.set_title(label, loc="left", fontsize=9)
-        return _svg(figure), len(names) - len(shown)
+        return svg(figure), len(names) - len(shown)
 
 
 def step_time(arms: Sequence[Arm]) -> str:
@@ -155,8 +157,8 @@ def step_time(arms: Sequence[Arm]) -> str:
     rows = [(arm.label, parts) for arm in arms if (parts := _step_parts(arm))]
     if not rows:
         return ""
-    with matplotlib.rc_context(_RC):
-        figure, axes = _canvas(1.0 + 0.36 * len(rows))
+    with matplotlib.rc_context(RC):
+        figure, axes = canvas(1.0 + 0.36 * len(rows))
         left = np.zeros(len(rows))
         for column, (name, colour) in enumerate((("data", "#8fa3b8"), ("hook", "#1f2933"), ("rest", "#d5dde6"))):
             widths = np.array([parts[column] for _, parts in rows])
@@ -167,13 +169,13 @@ def step_time(arms: Sequence[Arm]) -> str:
             axes.annotate(
                 f"{sum(parts):.1f} ms{share}", (left[row], row), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(range(len(rows)), [_short(name) for name, _ in rows])
+        axes.set_yticks(range(len(rows)), [shortened(name) for name, _ in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.42 * left.max())  # room for the words beside the longest bar
         axes.grid(visible=False)
         axes.set_xlabel("ms")
         figure.legend(loc="outside upper left", ncols=3, frameon=False, handlelength=1)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _series(run: Run, phase: str, x: str, key: str) -> dict[float, float]:
@@ -231,7 +233,7 @@ def _step_parts(arm: Arm) -> tuple[float, float, float] | None:
     return data, hook, max(0.0, step - data - hook)
 
 
-def _canvas(height: float) -> tuple[Figure, Axes]:
+def canvas(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -240,11 +242,11 @@ def _linestyle(style: Style) -> str | tuple[int, tuple[float, ...]]:
     return (0, tuple(float(part) / 1.6 for part in style.dash.split())) if style.dash else "-"
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
     return text if len(text) <= 34 else f"{text[:12]}…{text[-21:]}"
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as a data URI, so that the page shows it without a second file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from gmscale.report.figures import _INK, _RC, _canvas, _short, _svg
+from gmscale.report.figures import INK, RC, canvas, shortened, svg
 from gmscale.trials import BASELINE, MASK, RANDOM, Arm, Record, Result
 from gmscale.trials.confirmation import Comparison
 from gmscale.trials.findings import Configuration, finite_scores, lower_is_better, merit, plain, short
@@ -64,7 +64,7 @@ def parallel_coordinates(configurations: Sequence[Configuration], space: Mapping
         """Where a line is drawn: what has no value first, below all others; the best last."""
         return -math.inf if value is None else merit(objective, value)
 
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_WIDE, 3.9), layout="constrained")
         axes = figure.add_subplot()
         order = sorted(range(len(scores)), key=lambda i: quality(scores[i]))
@@ -103,7 +103,7 @@ def parallel_coordinates(configurations: Sequence[Configuration], space: Mapping
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def panels(configurations: Sequence[Configuration], space: Mapping[str, Any], objective: str) -> str:
@@ -117,7 +117,7 @@ def panels(configurations: Sequence[Configuration], space: Mapping[str, Any], ob
     margin = 0.06 * (high - low) or 1.0
     lost = high + 2 * margin if objective.endswith("loss") else low - 2 * margin
     rows = -(-len(fields) // _COLUMNS)
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_WIDE, 0.3 + 2.2 * rows), layout="constrained")
         grid = figure.subplots(rows, _COLUMNS, sharey=True, squeeze=False)
         for axes in grid.flat[len(fields) :]:
@@ -134,12 +134,12 @@ def panels(configurations: Sequence[Configuration], space: Mapping[str, Any], ob
                 words = _words(space[field], [given for given, _ in pairs])
                 for word, mean in group_means(*zip(*pairs, strict=True)).items():
                     at = words.index(word)
-                    axes.plot([at - 0.3, at + 0.3], [mean, mean], color=_INK, linewidth=1.6)
+                    axes.plot([at - 0.3, at + 0.3], [mean, mean], color=INK, linewidth=1.6)
             axes.set_xlabel(short(field))
         grid[0, 0].set_ylim(min(low - margin, lost - margin), max(high + margin, lost + margin))
         for axes in grid[:, 0]:
             axes.set_ylabel(objective)
-        return _svg(figure)
+        return svg(figure)
 
 
 def learning_curves(records: Iterable[Record], emphasised: Iterable[int], metric: str, which: str) -> str:
@@ -151,8 +151,8 @@ def learning_curves(records: Iterable[Record], emphasised: Iterable[int], metric
     shown = [(record, points) for record in records if (points := _points(record.results, metric))]
     if not shown:
         return ""
-    with matplotlib.rc_context(_RC):
-        figure, axes = _canvas(3.3)
+    with matplotlib.rc_context(RC):
+        figure, axes = canvas(3.3)
         alpha = max(0.06, min(0.6, 20 / len(shown)))
         for arm, colour in COLOURS.items():
             mine = [(record, points) for record, points in shown if record.trial.arm == arm]
@@ -172,15 +172,15 @@ def learning_curves(records: Iterable[Record], emphasised: Iterable[int], metric
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
         axes.set_title(f"validation {metric}, {which}", loc="left", fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def pareto_front(
     configurations: Iterable[Configuration], front: Iterable[Configuration], across: str, up: str
 ) -> str:
     """Draw the scores of configurations in two objectives, and through those of `front` a line."""
-    with matplotlib.rc_context(_RC):
-        figure, axes = _canvas(3.5)
+    with matplotlib.rc_context(RC):
+        figure, axes = canvas(3.5)
         scored = [(c, s) for c in configurations if (s := finite_scores(c, (across, up))) is not None]
         for arm, colour in COLOURS.items():
             points: list[Sequence[float]] = [s for c, s in scored if c.arm == arm]
@@ -189,12 +189,12 @@ def pareto_front(
         best = sorted((s, c.arm) for c in front if (s := finite_scores(c, (across, up))) is not None)
         if not scored or not best:
             return ""
-        axes.plot(*_xy([s for s, _ in best]), color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.plot(*_xy([s for s, _ in best]), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         colours = [COLOURS[arm] for _, arm in best]
         axes.scatter(*_xy([s for s, _ in best]), s=44, color=colours, edgecolors="white", zorder=3)
         axes.set_xlabel(across)
         axes.set_title(up, loc="left", fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def differences(comparisons: Sequence[Comparison]) -> str:
@@ -202,8 +202,8 @@ def differences(comparisons: Sequence[Comparison]) -> str:
     shown = [c for c in comparisons if c.seed_differences and all(map(math.isfinite, c.seed_differences.values()))]
     if not shown:
         return ""
-    with matplotlib.rc_context(_RC):
-        figure, axes = _canvas(0.8 + 0.46 * len(shown))
+    with matplotlib.rc_context(RC):
+        figure, axes = canvas(0.8 + 0.46 * len(shown))
         axes.axvline(0, color=COLOURS[BASELINE], linewidth=1)
         for row, c in enumerate(shown):
             colour, seeds = COLOURS[c.configuration.arm], list(c.seed_differences.values())
@@ -211,12 +211,12 @@ def differences(comparisons: Sequence[Comparison]) -> str:
             interval = [end for end in (c.paired.low, c.paired.high) if end is not None]
             axes.plot(interval, [row - 0.12] * len(interval), color=colour, linewidth=2)
             axes.plot([statistics.fmean(seeds)], [row - 0.12], "D", ms=5, color=colour)
-        names = [f"{c.configuration.arm} minus {c.against.arm}\n{_short(c.configuration.label)}" for c in shown]
+        names = [f"{c.configuration.arm} minus {c.against.arm}\n{shortened(c.configuration.label)}" for c in shown]
         axes.set_yticks(range(len(shown)), names, fontsize=7.5)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_title(f"difference in {shown[0].objective}", loc="left", fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def schedule_steps(
@@ -232,7 +232,7 @@ def schedule_steps(
     ]
     if not fields:
         return ""
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         rows = -(-len(fields) // _COLUMNS)
         figure = Figure(figsize=(_WIDE, 0.2 + 1.9 * rows), layout="constrained")
         for index, field in enumerate(fields):
@@ -243,7 +243,7 @@ def schedule_steps(
             axes.set_ylim(bottom=0 if min(values) > 0 else None, top=1.1 * max(values) if min(values) > 0 else None)
             axes.set_xlabel("epoch")
             axes.set_title(short(field), loc="left", fontsize=9)
-        return _svg(figure)
+        return svg(figure)
 
 
 def varied(configurations: Iterable[Configuration], space: Mapping[str, Any]) -> list[str]:
@@ -282,7 +282,7 @@ def _along(axes: Axes, domain: Any, values: Sequence[Any]) -> list[float]:
     if isinstance(domain, list):
         words = _words(domain, values)
         every = -(-len(words) // _MAX_TICKS)
-        axes.set_xticks(range(0, len(words), every), [_short(word) for word in words[::every]])
+        axes.set_xticks(range(0, len(words), every), [shortened(word) for word in words[::every]])
         axes.set_xlim(-0.5, len(words) - 0.5)
         axes.grid(visible=False, axis="x")
         return [words.index(plain(value)) + 0.3 * _spread(i) for i, value in enumerate(values)]
@@ -305,7 +305,7 @@ def _upright(axes: Axes, column: int, ticks: Iterable[tuple[float, str]]) -> Non
         axes.text(
             column + 0.02,
             height,
-            _short(word),
+            shortened(word),
             fontsize=8,
             va="center",
             zorder=5,

@@ -58,9 +58,9 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _build(argv: list[str]) -> int:
+    from gmscale.progress import Meter
     from gmscale.shards.build import Options, build
     from gmscale.shards.processes import cores
-    from gmscale.shards.progress import Meter
     from gmscale.shards.recode import CHECKS, FORMATS, Recipe
 
     parser = OneLineParser(
@@ -137,9 +137,9 @@ def _build(argv: list[str]) -> int:
 
 
 def _verify(argv: list[str]) -> int:
+    from gmscale.progress import Meter
     from gmscale.shards.check import Findings, verify
     from gmscale.shards.processes import cores
-    from gmscale.shards.progress import Meter
     from gmscale.shards.reshard import open_given
 
     parser = _shards_parser("verify", "Find every fault of shards. Exit status 1 if there is one.")

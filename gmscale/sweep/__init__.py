@@ -6,13 +6,17 @@ same command goes on, or --resume DIR, wherever the folder lies by then).
 """
 
 import argparse
-from dataclasses import asdict
+import importlib.util
+import os
+import signal
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gmscale import trials
 from gmscale.errors import OneLineParser, UsageError
 from gmscale.stopping import STOPPED, StopRequest
+from gmscale.trials.ledger import driving
 
 if TYPE_CHECKING:
     from gmscale.config import TrainConfig
@@ -27,13 +31,14 @@ def main(argv: list[str]) -> int:
 
     if not any(word == "--resume" or word.startswith("--resume=") for word in argv):
         parser = config.build_parser()
-        parser.add_argument("--plan", action="store_true", help="Write the trials for the jobs of an array.")
+        parser.add_argument("--plan", action="store_true", help="Show the trials, and train none; an array can.")
         base, sweep, rest = config.parse(argv, parser)
         folder = Path(sweep.dir)
-        if rest.plan:
-            array.check(sweep)
-        _begin(folder, base, sweep, on_this_machine=not rest.plan)
-        return array.plan(folder, base, sweep) if rest.plan else _run(folder, base, sweep)
+        if not rest.plan:
+            _check_can_run(sweep)
+        with driving(folder):
+            base = _begin(folder, _from_anywhere(base), sweep)
+            return array.plan(folder, base, sweep) if rest.plan else _run(folder, base, sweep)
 
     options = _resume_parser().parse_args(argv)
     folder = Path(options.resume)
@@ -41,7 +46,10 @@ def main(argv: list[str]) -> int:
     trials.read(folder)
     if options.record is not None:
         return array.record(folder, base, sweep, options.record)
-    return array.plan(folder, base, sweep) if options.plan else _run(folder, base, sweep)
+    if not options.plan:
+        _check_can_run(sweep)
+    with driving(folder):
+        return array.plan(folder, base, sweep) if options.plan else _run(folder, base, sweep)
 
 
 def _resume_parser() -> argparse.ArgumentParser:
@@ -53,16 +61,30 @@ def _resume_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _begin(folder: Path, base: "TrainConfig", sweep: "SweepConfig", *, on_this_machine: bool) -> None:
-    """Write a new sweep's folder. Raises UsageError, before Ray starts, for what cannot work."""
-    from gmscale.sweep import config, planning
+def _check_can_run(sweep: "SweepConfig") -> None:
+    """Raise UsageError, before anything is written, if Ray is missing or no trial fits on this machine."""
     from gmscale.sweep.resources import check_this_machine
 
-    if on_this_machine:
-        check_this_machine(sweep)
+    for name in ("ray", "optuna"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f'gmscale sweep needs {name}; pip install "gmscale[sweep]" (--plan does without)')
+    check_this_machine(sweep)
+
+
+def _from_anywhere(base: "TrainConfig") -> "TrainConfig":
+    """Return the configuration with its data where they are seen from here: it may go on from elsewhere."""
+    source = os.path.abspath(base.data.source) if Path(base.data.source).is_dir() else base.data.source
+    data = replace(base.data, source=source, cache_dir=os.path.abspath(base.data.cache_dir))
+    return replace(base, data=data)
+
+
+def _begin(folder: Path, base: "TrainConfig", sweep: "SweepConfig") -> "TrainConfig":
+    """Write a new sweep's folder, unless the same command goes on; return the configuration that trials share."""
+    from gmscale.sweep import config, planning
+
     if (folder / "trials.jsonl").exists():
         config.check_same(folder, base, sweep)
-        return  # the same command goes on
+        return base
     planned = planning.search(base, sweep)
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -70,6 +92,7 @@ def _begin(folder: Path, base: "TrainConfig", sweep: "SweepConfig", *, on_this_m
         trials.Ledger(folder).begin(planned)
     except OSError as error:
         raise UsageError(f"sweep.dir {folder} cannot be written: {error.strerror}") from None
+    return base
 
 
 def _run(folder: Path, base: "TrainConfig", sweep: "SweepConfig") -> int:
@@ -78,15 +101,18 @@ def _run(folder: Path, base: "TrainConfig", sweep: "SweepConfig") -> int:
     from gmscale.sweep import planning
     from gmscale.sweep.display import Display
     from gmscale.sweep.driver import Driver
-    from gmscale.sweep.resources import check_this_machine
     from gmscale.tracking import plain_console
     from gmscale.trials import confirmation
 
-    check_this_machine(sweep)
     console = plain_console()
     total = planning.expected(sweep, trials.read(folder))
-    with StopRequest() as stop, Display(console, base.run.epochs, sweep.objectives[0], total) as display:
-        finished = Driver(folder, base, sweep, display, stop).run()
+    try:
+        with StopRequest() as stop, Display(console, base.run.epochs, sweep.objectives[0], total) as display:
+            finished = Driver(folder, base, sweep, display, stop).run()
+    except KeyboardInterrupt:
+        said = f"interrupted; gmscale sweep --resume {folder} goes on from the last checkpoints"
+        console.print(said, highlight=False, soft_wrap=True)
+        return 128 + signal.SIGINT
     page = report.write_report([str(folder)])
     records = trials.read(folder)
     tables = confirmation.confirmed(records, sweep.objectives)

@@ -7,7 +7,7 @@ from ray import tune
 
 from gmscale import trials
 from gmscale.sweep.work import Terms, Work
-from gmscale.trials import Branch, Result
+from gmscale.trials import Result
 
 STOP = "stop"  # a file in the sweep's folder, while all of it is asked to stop
 
@@ -29,7 +29,7 @@ class TrialActor(tune.Trainable):
         self._pause_every: float | None = config["pause_every"]
         self._epochs: float = config["epochs"]
         self._evaluations = 0
-        self._reported: Result | None = record.results[-1] if record.results and self._pause_every else None
+        self._reported: Result | None = record.reached if self._pause_every else None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in the same process."""
@@ -59,25 +59,20 @@ class TrialActor(tune.Trainable):
         said = {"number": self._work.trial.number, "settings": self._settings, "reported": self._reported}
         said["evaluations"] = self._evaluations
         if self._pause_every:
-            point = self._work.keep_branch_point()
-            said |= {"segment": self._work.segment, "point": str(point)}
+            self._work.keep_branch_point()
+            said["segment"] = self._work.segment
         return said
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Go on from what `save_checkpoint` said, of this trial or, with other settings, of another one."""
         assert checkpoint is not None
-        self._reported, self._evaluations = checkpoint["reported"], checkpoint["evaluations"]
-        if checkpoint["number"] == self._work.trial.number and checkpoint["settings"] == self._settings:
-            return
-        branch = Branch(
-            self._work.segment + 1,
-            self._reported.step,
-            self._reported.epoch,
-            checkpoint["number"],
-            checkpoint["segment"],
-            self._settings,
-        )
-        self._work.branch(branch, Path(checkpoint["point"]))
+        at, number = checkpoint["reported"], checkpoint["number"]
+        self._evaluations = checkpoint["evaluations"]
+        if number == self._work.trial.number and checkpoint["settings"] == self._settings:
+            if self._reported is None or self._reported.step < at.step:
+                self._reported = at  # else its actor was lost, and the ledger knows more
+        elif self._work.branch(number, checkpoint["segment"], at, self._settings):
+            self._reported = at
 
     def cleanup(self) -> None:
         """End the processes, after a checkpoint if they have not ended themselves."""

@@ -11,34 +11,32 @@ from gmscale.sweep import planning, work
 from gmscale.sweep.config import SweepConfig
 
 
-def check(sweep: SweepConfig) -> None:
-    """Raise UsageError if what is tried, or goes on, depends on the results of other trials."""
-    for field, value, needed in (
-        ("search", sweep.search, ("grid", "random")),
-        ("scheduler", sweep.scheduler, ("none",)),
-    ):
-        if value not in needed:
-            raise UsageError(
-                f"--plan: the jobs of an array know nothing of one another, and sweep.{field} is {value!r}; "
-                f"expected {' or '.join(needed)}"
-            )
+def _needs_a_driver(sweep: SweepConfig) -> str:
+    """Return what of the sweep depends on the results of other trials, of which an array's jobs know nothing."""
+    if sweep.search in planning.ADAPTIVE:
+        return f"search {sweep.search} makes the others from results"
+    return "" if sweep.scheduler == "none" else f"scheduler {sweep.scheduler} decides which go on"
 
 
 def plan(folder: Path, base: TrainConfig, sweep: SweepConfig) -> int:
-    """Write trials.txt, of which line n trains trial n, and show which are left and how to submit them."""
-    check(sweep)
+    """Show which trials are left; write trials.txt, of which line n trains trial n, and show how to submit them."""
     planning.plan_confirmation(trials.Ledger(folder), base, sweep, trials.read(folder))
     records = trials.read(folder)
-    arguments = [trials.command(folder.absolute(), record.trial)[2:] for record in records.values()]
-    write_atomically(folder / "trials.txt", "".join(f"{shlex.join(words)}\n" for words in arguments))
     left = [number for number, record in records.items() if not record.ended]
     for number in left:
         print(shlex.join(trials.command(folder, records[number].trial, sweep.workers)))
+    if why := _needs_a_driver(sweep):
+        print(f"# {len(left)} trials planned; {why}: gmscale sweep --resume {shlex.quote(str(folder))}")
+        return 0
+    extra = {"parallel.threads": sweep.cpus_per_worker}
+    arguments = [trials.command(folder.absolute(), record.trial, extra=extra)[2:] for record in records.values()]
+    write_atomically(folder / "trials.txt", "".join(f"{shlex.join(words)}\n" for words in arguments))
     if left:
-        print(f"# {len(left)} trials to train; one after another, or: ")
-        print(f"# sbatch --array={_ranges(left)} slurm/array_sweep.sbatch {folder}")
+        each = f"NPROC_PER_NODE={sweep.workers} " if sweep.workers > 1 else ""
+        print(f"# {len(left)} trials to train; one after another, or:")
+        print(f"# {each}sbatch --array={_ranges(left)} slurm/array_sweep.sbatch {shlex.quote(str(folder))}")
     else:
-        print(f"# nothing is left to train; gmscale report {folder}")
+        print(f"# nothing is left to train; gmscale report {shlex.quote(str(folder))}")
     return 0
 
 

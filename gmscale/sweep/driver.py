@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gmscale.config import TrainConfig
 from gmscale.errors import RunError
 from gmscale.stopping import StopRequest
 from gmscale.sweep import planning, resources, space, work
 from gmscale.sweep.config import SweepConfig
-from gmscale.sweep.display import Display
-from gmscale.trials import MASK, Follower, Ledger, Trial
+from gmscale.trials import MASK, Follower, Ledger, Record, Trial
 
 # Before Ray is imported; what the user has set stays.
 QUIET = {
@@ -29,30 +28,50 @@ QUIET = {
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we listen
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no metric
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_RESULT_BUFFER_LENGTH": "1",
+    "RAY_NUM_REDIS_GET_RETRIES": "2",  # tries, of 40 s each, to reach a cluster; Ray makes 20
 }
+_ANSWERS_S = 10.0  # in which whoever listens at RAY_ADDRESS has to accept a connection
+
+
+class View(Protocol):
+    """Whoever is to see what the ledger says as it grows."""
+
+    def update(self, records: Mapping[int, Record]) -> None: ...
 
 
 class Driver:
-    """Trains the trials of the sweep in `folder` that have not ended."""
+    """Trains the trials of the sweep in `folder` that have not ended, each in an actor of the class `trainable`."""
 
     def __init__(
-        self, folder: Path, base: TrainConfig, sweep: SweepConfig, display: Display, stop: StopRequest
+        self,
+        folder: Path,
+        base: TrainConfig,
+        sweep: SweepConfig,
+        display: View,
+        stop: StopRequest,
+        trainable: type | None = None,
     ) -> None:
         self._folder, self._base, self._sweep = folder.absolute(), base, sweep
         self._display, self._stop = display, stop
         self._ledger, self._follower = Ledger(folder), Follower(folder)
         self._search_is_over = False
+        self._trainable = trainable
 
     def run(self) -> bool:
         """Search, then confirm; return False if it was asked to stop."""
-        if self._open() or planning.next_number(self._sweep, self._follower.records) is not None:
+        if self._is_not_done():
             with _ray(self._sweep):
                 self._train()
+            if self._is_not_done() and not self._stop.requested:
+                raise RunError(f"Ray gave up before all trials had ended; gmscale sweep --resume {self._folder}")
         return not self._stop.requested
+
+    def _is_not_done(self) -> bool:
+        return bool(self._open()) or planning.next_number(self._sweep, self._follower.records) is not None
 
     def _open(self) -> list[Trial]:
         records = self._follower.update()
@@ -88,19 +107,20 @@ class Driver:
         def ended(number: int, result: Mapping[str, Any] | None) -> None:
             if asked is not None:
                 state = "failed" if result is None else result.get("state", "stopped")
-                asked.tell(number, result or {}, state)
+                asked.tell(self._follower.records[number].trial, result or {}, state)
 
-        resources_of_one = resources.needed(self._sweep)
+        place = tune.PlacementGroupFactory([resources.needed(self._sweep)])
         actor.forget_requests(self._folder)
         storage = self._folder / ".ray"
+        shutil.rmtree(storage, ignore_errors=True)  # of a driver that was killed
+        crowd = reporting.Crowd(self._sweep.at_once)
         try:
             tune.Tuner(
-                tune.with_resources(actor.TrialActor, tune.PlacementGroupFactory([resources_of_one])),
+                tune.with_resources(self._trainable or actor.TrialActor, place),
                 tune_config=tune.TuneConfig(
-                    search_alg=searching.Planned(following, self._config, ended),
+                    search_alg=searching.Planned(following, self._config, ended, crowd.is_full),
                     scheduler=scheduling.make(self._sweep, self._base, self._follower.records),
                     num_samples=-1,
-                    max_concurrent_trials=self._sweep.at_once or None,
                     reuse_actors=True,
                     trial_name_creator=lambda trial: f"{trial.config['number']:04d}",
                     trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
@@ -109,8 +129,10 @@ class Driver:
                     name="tune",
                     storage_path=str(storage),
                     verbose=int(self._sweep.ray_output),
+                    # a trial that ends has nothing to save, and may never have been evaluated
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=self._sweep.retries),
-                    callbacks=[reporting.Reporter(self)],
+                    callbacks=[reporting.Reporter(self), crowd],
                     stop=reporting.Requested(self._stop, self._folder),
                     log_to_file=False,
                 ),
@@ -150,7 +172,7 @@ class Driver:
     def lost(self, number: int, error: str, *, for_good: bool) -> None:
         """Write down that the process or the node that trained a trial is gone."""
         record = self._follower.update()[number]
-        if record.ended:
+        if record.ended or self._stop.requested:  # what a stop interrupts has not failed
             return
         if for_good:
             self._ledger.end(record.trial, "failed", {}, 0.0, error)
@@ -166,14 +188,16 @@ def _ray(sweep: SweepConfig) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        _check_answers(address)
     level = logging.INFO if sweep.ray_output else logging.CRITICAL
     options: dict[str, Any] = {"log_to_driver": sweep.ray_output, "logging_level": level}
     if address is None:
         options |= {"num_cpus": resources.cores(), "include_dashboard": sweep.dashboard}
         options["object_store_memory"] = 100 * 2**20  # trials hand nothing but numbers to one another
     try:
-        ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        context: Any = ray.init(address=address or "local", **options)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         where = f"at RAY_ADDRESS {address}" if address else f"on {socket.gethostname()}"
         raise RunError(f"Ray {where} does not answer: {' '.join(str(error).split())[:200]}") from None
     try:
@@ -182,3 +206,16 @@ def _ray(sweep: SweepConfig) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+    if address is None:
+        shutil.rmtree(context.address_info["session_dir"], ignore_errors=True)
+
+
+def _check_answers(address: str) -> None:
+    """Raise RunError if nobody listens at `address`, for which Ray would wait for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # auto, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_S).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(f"nobody answers at RAY_ADDRESS {address}: {error}") from None

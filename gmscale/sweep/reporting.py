@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from gmscale.stopping import StopRequest
-from gmscale.sweep import actor
+from gmscale.sweep import actor, scheduling
 
 if TYPE_CHECKING:
     from gmscale.sweep.driver import Driver
@@ -37,6 +37,19 @@ class Reporter(NotKept, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._driver.lost(int(str(trial)), _error_of(trial), for_good=True)
+
+
+class Crowd(NotKept, tune.Callback):
+    """Knows whether as many trials as may train at once do; those that are paused do not count."""
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once, self._held = at_once, 0
+
+    def is_full(self) -> bool:
+        return 0 < self._at_once <= self._held
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._held = sum(scheduling.is_held(trial) for trial in trials)
 
 
 class Requested(NotKept, tune.Stopper):

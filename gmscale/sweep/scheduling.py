@@ -18,6 +18,7 @@ from gmscale.config import TrainConfig
 from gmscale.sweep import space
 from gmscale.sweep.config import SweepConfig
 from gmscale.trials import MASK, Record
+from gmscale.trials.findings import merit
 
 
 def make(sweep: SweepConfig, base: TrainConfig, records: Mapping[int, Record]) -> TrialScheduler:
@@ -50,7 +51,7 @@ def make(sweep: SweepConfig, base: TrainConfig, records: Mapping[int, Record]) -
             time_attr="epoch",
             metric=objective,
             mode=mode,
-            perturbation_interval=sweep.perturb_epochs,
+            perturbation_interval=sweep.perturb_epochs * (1 - 1e-6),  # epochs are no exact numbers
             custom_explore_fn=lambda config: {
                 **config,
                 "settings": space.perturb(sweep.domains, config["settings"], rng),
@@ -59,17 +60,20 @@ def make(sweep: SweepConfig, base: TrainConfig, records: Mapping[int, Record]) -
         )
     else:
         return FIFOScheduler()
-    return Controls(chosen)
+    return Controls(chosen, objective, sweep.at_once)
 
 
 class Controls(TrialScheduler):
-    """Lets the controls of a sweep train to their end, and asks another scheduler about all other trials."""
+    """Lets the controls of a sweep train to their end, and asks another scheduler about all other trials.
+
+    That one does not wake a trial while `at_once` of them train, 0 being any number.
+    """
 
     _supports_buffered_results = False
 
-    def __init__(self, scheduler: TrialScheduler) -> None:
+    def __init__(self, scheduler: TrialScheduler, objective: str, at_once: int = 0) -> None:
         super().__init__()
-        self._of_masks = scheduler
+        self._of_masks, self._objective, self._at_once = scheduler, objective, at_once
 
     @property
     def metric(self) -> str | None:
@@ -89,7 +93,9 @@ class Controls(TrialScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         if not _judged(trial) or result["last"]:
             return TrialScheduler.CONTINUE
-        return self._of_masks.on_trial_result(_seen(tune_controller), trial, result)
+        # a value that is not finite is not reported, and is the worst
+        judged = {self._objective: merit(self._objective, -math.inf), **result}
+        return self._of_masks.on_trial_result(_seen(tune_controller), trial, judged)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
         if _judged(trial):
@@ -103,7 +109,11 @@ class Controls(TrialScheduler):
         for trial in tune_controller.get_live_trials():
             if not _judged(trial) and trial.status == TuneTrial.PENDING:
                 return trial
-        return self._of_masks.choose_trial_to_run(_seen(tune_controller))
+        chosen = self._of_masks.choose_trial_to_run(_seen(tune_controller))
+        if chosen is not None and chosen.status == TuneTrial.PAUSED and self._at_once:
+            held = sum(is_held(trial) for trial in tune_controller.get_live_trials())
+            return None if held >= self._at_once else chosen
+        return chosen
 
     def debug_string(self) -> str:
         return self._of_masks.debug_string()
@@ -136,6 +146,11 @@ def _seen(controller: Any) -> Any:
 
 def _judged(trial: TuneTrial) -> bool:
     return trial.config["judged"]
+
+
+def is_held(trial: TuneTrial) -> bool:
+    """Return whether a trial has resources, or is about to."""
+    return trial.status in (TuneTrial.PENDING, TuneTrial.RUNNING)
 
 
 class _Earlier:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gmscale.sweep.config import SweepConfig
 
 GRACE_S = 120.0  # in which a training that is asked to stop has to save
-HEARD_S = 5.0  # in which a sweep that is asked to stop tells its trials
+HEARD_S = 30.0  # in which a sweep that is asked to stop tells its trials
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Work:
     def __init__(self, folder: Path, record: Record, terms: Terms, stops: Callable[[], bool]) -> None:
         self.outcome: Outcome | None = None
         """How the trial ended; None while it has not, also after it was asked to stop."""
+        if record.state in ("finished", "diverged", "failed"):  # its actor was lost before it could say so
+            self.outcome = Outcome(record.state, record.values)
         self.trial = record.trial
         self.segment = record.branches[-1].segment if record.branches else 0
         self.settings: Mapping[str, Any] = (record.branches[-1] if record.branches else record.trial).settings
@@ -63,12 +65,13 @@ class Work:
         self._ledger = Ledger(folder)
         self._attempt = record.attempts
         self._failures = len(record.failures)
-        self._known = record.results[-1].step if record.results else 0
+        self._known = record.reached.step if record.reached else 0
         self._process: TrialProcess | None = None
         self._began = 0.0
         self._pauses_at: float | None = None
-        self._branch_point: Path | None = None
+        self._branch: Branch | None = record.branches[-1] if record.branches else None
         self._paused = False
+        self._paused_at: float | None = None
 
     @property
     def _log(self) -> Path:
@@ -79,11 +82,18 @@ class Work:
         """Where it trains now."""
         return run_dir(self._folder, self.trial, self.segment)
 
-    def branch(self, branch: Branch, point: Path) -> None:
-        """Go on from the checkpoint at `point`, with the settings of `branch`, in a run directory of its own."""
+    def branch(self, parent: int, parent_segment: int, at: Result, settings: Mapping[str, Any]) -> bool:
+        """Go on with other settings from the checkpoint that was kept there, in a run directory of its own.
+
+        Return False, and do nothing, if that is what it did last.
+        """
+        branch = Branch(self.segment + 1, at.step, at.epoch, parent, parent_segment, settings)
+        if self._branch is not None and replace(branch, segment=self.segment) == self._branch:
+            return False
         self._ledger.branch(self.trial, branch)
-        self.segment, self.settings, self._branch_point = branch.segment, branch.settings, point
+        self.segment, self.settings, self._branch = branch.segment, branch.settings, branch
         self._known = branch.step
+        return True
 
     def next_result(self, pause_at: float | None = None) -> Result | None:
         """Train until the next evaluation and return it; None when the trial has ended or was asked to stop.
@@ -93,7 +103,11 @@ class Work:
         while self.outcome is None:
             if self._process is None:
                 self._follow_schedule()
-                self._start(pause_at if pause_at is not None else self._next_change())
+                pause = pause_at if pause_at is not None else self._next_change()
+                if pause is not None and pause == self._paused_at:
+                    self._give_up_pausing(pause)
+                    break
+                self._start(pause)
             assert self._process is not None
             result = self._process.next_result(timeout_s=0.5)
             if result is not None:
@@ -108,8 +122,8 @@ class Work:
                 self._conclude()
         return None
 
-    def keep_branch_point(self) -> Path:
-        """Wait for processes that pause, and keep their checkpoint, from which trials may branch; return where."""
+    def keep_branch_point(self) -> None:
+        """Wait for processes that pause, and keep their checkpoint, from which trials may branch."""
         self._wait_until_paused()
         point = branch_point(self._folder, self.trial.number, self.segment, self._known)
         if not point.exists():
@@ -119,7 +133,6 @@ class Work:
             if newest is None or checkpoint.read(newest)["step"] != self._known:
                 raise RunError(f"{self.run_dir} has no checkpoint of step {self._known}, at which it was to pause")
             _link_tree(newest, point)
-        return point
 
     def _next_change(self) -> float | None:
         """Return the epoch at which the trial's own schedule changes its settings next."""
@@ -130,8 +143,8 @@ class Work:
         """Go on with the next settings of the trial's own schedule, if it has paused for them."""
         if self._paused and self._next_change() is not None:
             epoch, settings = self.trial.schedule[self.segment]
-            branch = Branch(self.segment + 1, self._known, epoch, self.trial.number, self.segment, settings)
-            self.branch(branch, self.keep_branch_point())
+            self.keep_branch_point()
+            self.branch(self.trial.number, self.segment, Result(self._known, epoch, {}), settings)
         self._paused = False
 
     def _wait_until_paused(self) -> None:
@@ -155,8 +168,10 @@ class Work:
         extra: dict[str, Any] = {"run.dir": str(self.run_dir), "parallel.threads": self._terms.threads}
         if pause_at is not None:
             extra["run.pause_after_epochs"] = pause_at
-        if self._branch_point is not None:
-            extra["run.branch_from"] = str(self._branch_point)
+        if self._branch is not None:
+            began = self._branch
+            point = branch_point(self._folder, began.parent, began.parent_segment, began.step)
+            extra["run.branch_from"] = str(point)
         trial = replace(self.trial, settings=self.settings)
         self._process = TrialProcess(
             command(self._folder, trial, self._terms.workers, extra),
@@ -173,7 +188,7 @@ class Work:
         status, took = self._process.poll(), time.monotonic() - self._began
         found = judge(self.run_dir, status, self._log)
         if found.state == "interrupted" and self._pauses_at is not None:
-            self._process, self._paused = None, True
+            self._process, self._paused, self._paused_at = None, True, self._pauses_at
             return
         if found.state == "interrupted":
             if self._is_asked_to_stop():
@@ -188,6 +203,13 @@ class Work:
             return
         self.outcome = found
         _end(self._ledger, self.trial, found, took)
+
+    def _give_up_pausing(self, epoch: float) -> None:
+        """End a trial that pauses where it was not evaluated, so that it could wait there for ever."""
+        error = f"paused after epoch {epoch:g} without an evaluation there; an epoch has no whole number of "
+        error += "run.eval_every_epochs, in steps: take 1, and whole sweep.perturb_epochs"
+        self.outcome = Outcome("failed", error=error)
+        _end(self._ledger, self.trial, self.outcome, 0.0)
 
     def _is_asked_to_stop(self) -> bool:
         """Return whether the whole sweep is: a signal to all processes of a job may reach the training first."""

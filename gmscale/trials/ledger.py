@@ -7,8 +7,10 @@ wherever its folder lies. A line that was cut by a crash counts as not written.
 import fcntl
 import json
 import os
+import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +68,14 @@ class Record:
     def ended(self) -> bool:
         return self.state in ENDED
 
+    @property
+    def reached(self) -> Result | None:
+        """Where it stands: its last evaluation, or where it has branched since."""
+        last, branch = self.results[-1:], self.branches[-1:]
+        if branch and (not last or last[0].step < branch[0].step):
+            return Result(branch[0].step, branch[0].epoch, {})
+        return last[0] if last else None
+
 
 class Ledger:
     """Appends to the ledger of the sweep in `folder`, safely beside other processes that do."""
@@ -110,6 +120,32 @@ class Ledger:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """Be the only process that hands out trials of the sweep in `folder`, which is made if it is not there.
+
+    Raises UsageError if another one does, or if the folder cannot be written. Whoever dies lets go.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UsageError(f"sweep.dir {folder} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(
+                f"{folder} is driven already, by {file.read() or 'another process'}; wait for it, stop it, or "
+                "choose another sweep.dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _line(event: str, number: int, fields: Mapping[str, Any]) -> str:
@@ -177,7 +213,9 @@ def _apply(records: dict[int, Record], event: dict[str, Any]) -> None:
         record.failures.append(event["error"])
         record.wall_s += event["wall_s"]
     elif kind == "branch":
-        record.branches.append(Branch(**event))
+        branch = Branch(**event)
+        record.branches.append(branch)
+        record.results = [r for r in record.results if r.step <= branch.step]  # what came after it is given up
     elif kind == "ended":
         record.state, record.values = event["state"], event["values"]
         record.wall_s += event["wall_s"]

@@ -109,7 +109,7 @@ def test_a_port_in_use_is_refused() -> None:
     ("argv", "said"),
     [
         ([], "no command; expected gmscale launch"),
-        (["trian"], "the command is 'trian'; expected one of train, compare, find; did you mean 'train'"),
+        (["trian"], "the command is 'trian'; expected one of train, compare, find, evaluate; did you mean 'train'"),
         (["train", "--optim.lrr", "1"], "lrr"),
         (["train", "--config", "no/such.yaml"], "no/such.yaml"),
     ],
