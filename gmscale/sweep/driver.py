@@ -64,8 +64,11 @@ class Driver:
     def run(self) -> bool:
         """Search, then confirm; return False if it was asked to stop."""
         if self._is_not_done():
-            with _ray(self._sweep):
-                self._train()
+            try:
+                with _ray(self._sweep):
+                    self._train()
+            except SystemExit:  # Ray's own answer to SIGTERM, while it starts
+                self._stop.requested = True
             if self._is_not_done() and not self._stop.requested:
                 raise RunError(f"Ray gave up before all trials had ended; gmscale sweep --resume {self._folder}")
         return not self._stop.requested

@@ -223,6 +223,8 @@ def record(folder: Path, known: Record, terms: Terms) -> None:
     """Write into the ledger what a job left of a trial that it trained; nothing if it has not ended."""
     trial, ledger = known.trial, Ledger(folder)
     where, log = run_dir(folder, trial), _log(folder, trial)
+    if not where.exists():
+        return  # its job has not begun
     found = judge(where, None, log)
     if found.state == "interrupted":
         return
