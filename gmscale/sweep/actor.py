@@ -28,7 +28,6 @@ class TrialActor(tune.Trainable):
         self._settings: dict[str, Any] = config["settings"]
         self._pause_every: float | None = config["pause_every"]
         self._epochs: float = config["epochs"]
-        self._evaluations = 0
         self._reported: Result | None = record.reached if self._pause_every else None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -42,32 +41,28 @@ class TrialActor(tune.Trainable):
         while (result := self._work.next_result(self._next_pause())) is not None:
             if self._reported is None or result.step > self._reported.step:
                 self._reported = result
-                self._evaluations += 1
                 last = result.epoch >= self._epochs - 1e-3
-                return {**result.values, **self._place(result.epoch), "last": last}
+                return {**result.values, "epoch": result.epoch, "last": last}
         outcome = self._work.outcome
         if outcome is None:
-            return {**self._place(0.0), "last": True, "done": True, "state": "interrupted"}
-        return {**outcome.values, **self._place(self._epochs), "last": True, "done": True, "state": outcome.state}
-
-    def _place(self, epoch: float) -> dict[str, float]:
-        return {"epoch": epoch, "evaluation": self._evaluations}
+            return {"epoch": 0.0, "last": True, "done": True, "state": "interrupted"}
+        return {**outcome.values, "epoch": self._epochs, "last": True, "done": True, "state": outcome.state}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Say where the trial stands. Its real checkpoint is in its run directory, or kept to branch from."""
+        """Population based: say where the trial stands. Its real checkpoint is kept to branch from."""
         assert self._reported is not None
-        said = {"number": self._work.trial.number, "settings": self._settings, "reported": self._reported}
-        said["evaluations"] = self._evaluations
-        if self._pause_every:
-            self._work.keep_branch_point()
-            said["segment"] = self._work.segment
-        return said
+        self._work.keep_branch_point()
+        return {
+            "number": self._work.trial.number,
+            "segment": self._work.segment,
+            "settings": self._settings,
+            "reported": self._reported,
+        }
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Go on from what `save_checkpoint` said, of this trial or, with other settings, of another one."""
         assert checkpoint is not None
         at, number = checkpoint["reported"], checkpoint["number"]
-        self._evaluations = checkpoint["evaluations"]
         if number == self._work.trial.number and checkpoint["settings"] == self._settings:
             if self._reported is None or self._reported.step < at.step:
                 self._reported = at  # else its actor was lost, and the ledger knows more

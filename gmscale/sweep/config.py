@@ -42,8 +42,9 @@ class SweepConfig:
     search: Literal["grid", "random", "tpe", "nsga2"] = "random"
     """grid takes every point of the lists, random some; tpe and nsga2 are Optuna's, which learn from the trials."""
     scheduler: Literal["none", "asha", "hyperband", "pbt"] = "none"
-    """Who ends mask trials early (asha, hyperband), or lets the worse go on from the better with other settings
-    (pbt: population based training). Controls and the confirmation always train to the end."""
+    """Who ends mask trials early (asha; hyperband is asha with several first rungs), or lets the worse go on from
+    the better with other settings (pbt: population based training). Controls and the confirmation always train to
+    the end."""
     trials: int = 0
     """Mask configurations to try, with pbt the population. 0 is 16 (all points of the space where they are fewer),
     and for a grid all."""
@@ -78,7 +79,7 @@ class SweepConfig:
     retries: int = 2
     """Times that a trial is started again after it failed."""
     grace_epochs: float = 1.0
-    """asha: epochs that every trial gets."""
+    """asha, hyperband: epochs that every trial gets."""
     reduction_factor: int = 3
     """asha, hyperband: one in so many trials goes on from each rung to the next, which is so many times longer."""
     perturb_epochs: float = 1.0
@@ -260,7 +261,7 @@ def check(base: TrainConfig, sweep: SweepConfig) -> None:
             f"sweep.space: scheduler {sweep.scheduler} compares trials of equal length; take run.epochs out, or "
             f"scheduler none"
         )
-    if sweep.scheduler == "asha":
+    if sweep.scheduler in ("asha", "hyperband"):
         check_range(sweep.grace_epochs, "sweep.grace_epochs", 0, base.run.epochs, open_low=True)
     space.check(sweep.domains, base)
     if sweep.scheduler == "pbt":

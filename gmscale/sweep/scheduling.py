@@ -5,11 +5,11 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
-    HyperBandScheduler,
     PopulationBasedTraining,
     TrialScheduler,
 )
@@ -26,7 +26,8 @@ def make(sweep: SweepConfig, base: TrainConfig, records: Mapping[int, Record]) -
     objective, epochs = sweep.objectives[0], base.run.epochs
     mode = "min" if objective.endswith("loss") else "max"
     chosen: TrialScheduler
-    if sweep.scheduler == "asha":
+    if sweep.scheduler in ("asha", "hyperband"):
+        np.random.seed(sweep.seed)  # by which Ray draws the bracket of a trial
         chosen = AsyncHyperBandScheduler(
             time_attr="epoch",
             metric=objective,
@@ -34,17 +35,10 @@ def make(sweep: SweepConfig, base: TrainConfig, records: Mapping[int, Record]) -
             max_t=epochs,  # type: ignore[arg-type] # a part of an epoch is allowed
             grace_period=sweep.grace_epochs,  # type: ignore[arg-type]
             reduction_factor=sweep.reduction_factor,
+            brackets=_brackets(sweep, epochs),
             stop_last_trials=False,  # the last evaluation is the end anyway
         )
         _repeat(chosen, records)
-    elif sweep.scheduler == "hyperband":
-        chosen = HyperBandScheduler(
-            time_attr="evaluation",
-            metric=objective,
-            mode=mode,
-            max_t=math.ceil(epochs / base.run.eval_every_epochs),
-            reduction_factor=sweep.reduction_factor,
-        )
     elif sweep.scheduler == "pbt":
         rng = random.Random(sweep.seed)
         chosen = PopulationBasedTraining(
@@ -61,6 +55,17 @@ def make(sweep: SweepConfig, base: TrainConfig, records: Mapping[int, Record]) -
     else:
         return FIFOScheduler()
     return Controls(chosen, objective, sweep.at_once)
+
+
+def _brackets(sweep: SweepConfig, epochs: float) -> int:
+    """Return how many brackets there are, each with a longer first rung than the one before; asha has one.
+
+    HyperBand's own, synchronous brackets need as many trials as they hold at the same time; Ray's, met with fewer,
+    ends none of them early.
+    """
+    if sweep.scheduler == "asha":
+        return 1
+    return int(math.log(epochs / sweep.grace_epochs) / math.log(sweep.reduction_factor) + 1e-9) + 1
 
 
 class Controls(TrialScheduler):

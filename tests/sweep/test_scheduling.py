@@ -1,0 +1,70 @@
+"""Which trials a scheduler ends: judged among masks alone, and the same after the sweep goes on."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gmscale.config import RunConfig, TrainConfig
+from gmscale.sweep import scheduling
+from gmscale.sweep.config import SweepConfig
+from gmscale.trials import MASK, Record, Result, Trial
+
+BASE = TrainConfig(run=RunConfig(epochs=9.0))
+ASHA = SweepConfig(space={"mask.strength": [0.5, 1.0]}, scheduler="asha", reduction_factor=3, trials=2)
+CONTINUE, STOP = "CONTINUE", "STOP"
+
+
+def trial(number: int, *, judged: bool = True) -> Any:
+    return SimpleNamespace(trial_id=str(number), config={"judged": judged}, status="RUNNING")
+
+
+def report(scheduler: Any, one: Any, epoch: float, top1: float) -> str:
+    return scheduler.on_trial_result(None, one, {"epoch": epoch, "top1": top1, "last": epoch >= 9})
+
+
+def test_the_worse_are_stopped_at_rungs_and_controls_never() -> None:
+    scheduler = scheduling.make(ASHA, BASE, {})
+    masks = [trial(number) for number in range(6)]
+    control = trial(9, judged=False)
+    for one in [*masks, control]:
+        scheduler.on_trial_add(None, one)
+    decisions = [report(scheduler, one, 1, 50 + n) for n, one in enumerate(masks)]
+    assert decisions == [CONTINUE] * 6
+    assert report(scheduler, masks[0], 2, 0) == CONTINUE  # no rung
+    late = trial(10)
+    scheduler.on_trial_add(None, late)
+    assert report(scheduler, late, 1, 20) == STOP
+    assert report(scheduler, control, 1, 0) == CONTINUE
+    assert report(scheduler, masks[0], 9, 0) == CONTINUE  # the end comes by itself
+
+
+def test_a_sweep_that_goes_on_judges_by_what_ended_before() -> None:
+    records: dict[int, Record] = {
+        number: Record(Trial(number, "search", MASK, {}, 0), "stopped", results=[Result(1, 1.0, {"top1": 50.0})])
+        for number in range(1, 4)
+    }
+    fresh, again = scheduling.make(ASHA, BASE, {}), scheduling.make(ASHA, BASE, records)
+    for scheduler, decision in ((fresh, CONTINUE), (again, STOP)):
+        one = trial(7)
+        scheduler.on_trial_add(None, one)
+        assert report(scheduler, one, 1, 10) == decision
+
+
+@pytest.mark.parametrize(("grace", "factor", "brackets"), [(1.0, 3, 3), (3.0, 3, 2), (9.0, 3, 1), (1.0, 2, 4)])
+def test_hyperband_has_brackets_of_longer_and_longer_first_rungs(grace: float, factor: int, brackets: int) -> None:
+    sweep = replace(ASHA, scheduler="hyperband", grace_epochs=grace, reduction_factor=factor)
+    found = scheduling.make(sweep, BASE, {})._of_masks._brackets
+    firsts = [min(milestone for milestone, _ in bracket._rungs) for bracket in found]
+    assert firsts == [grace * factor**n for n in range(brackets)]
+
+
+def test_loss_is_better_when_it_is_lower() -> None:
+    scheduler = scheduling.make(replace(ASHA, objectives=["loss"]), BASE, {})
+    decisions = []
+    for number, loss in enumerate((1.0, 1.0, 2.0)):
+        one = trial(number)
+        scheduler.on_trial_add(None, one)
+        decisions.append(scheduler.on_trial_result(None, one, {"epoch": 1.0, "loss": loss, "last": False}))
+    assert decisions == [CONTINUE, CONTINUE, STOP]
