@@ -204,7 +204,14 @@ def _ray(sweep: SweepConfig) -> Iterator[None]:
         where = f"at RAY_ADDRESS {address}" if address else f"on {socket.gethostname()}"
         raise RunError(f"Ray {where} does not answer: {' '.join(str(error).split())[:200]}") from None
     try:
-        resources.check(sweep, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        resources.check(sweep, nodes)
+        # Actors are asked for ahead, as many as there are places: one that takes seconds to start would else lose
+        # its trial to whichever has just become free, for ever. Where results decide what is tried, few are ahead.
+        ahead = resources.places(sweep, nodes)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(
+            min(ahead, 2) if sweep.search in planning.ADAPTIVE else ahead
+        )
         with StopRequest():  # again: Ray has put handlers of its own in place
             yield
     finally:

@@ -15,6 +15,12 @@ def needed(sweep: SweepConfig) -> dict[str, float]:
     return found
 
 
+def places(sweep: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Return how many trials train at once on `nodes`, each {CPU: n, GPU: n}."""
+    fit = sum(int(min(node.get(kind, 0) / amount for kind, amount in needed(sweep).items())) for node in nodes)
+    return min(fit, sweep.at_once) if sweep.at_once else fit
+
+
 def cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gmscale.config import RunConfig, TrainConfig
-from gmscale.sweep import scheduling
+from gmscale.sweep import resources, scheduling
 from gmscale.sweep.config import SweepConfig
 from gmscale.trials import MASK, Record, Result, Trial
 
@@ -68,3 +68,11 @@ def test_loss_is_better_when_it_is_lower() -> None:
         scheduler.on_trial_add(None, one)
         decisions.append(scheduler.on_trial_result(None, one, {"epoch": 1.0, "loss": loss, "last": False}))
     assert decisions == [CONTINUE, CONTINUE, STOP]
+
+
+def test_as_many_trials_train_at_once_as_fit_on_the_nodes() -> None:
+    two = replace(ASHA, workers=2, cpus_per_worker=2, gpus_per_worker=1.0)
+    nodes = [{"CPU": 16.0, "GPU": 3.0}, {"CPU": 7.0, "GPU": 8.0}, {"CPU": 64.0}]
+    assert resources.places(two, nodes) == 2
+    assert resources.places(replace(two, at_once=1), nodes) == 1
+    assert resources.places(ASHA, nodes) == 87
