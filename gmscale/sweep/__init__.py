@@ -68,6 +68,8 @@ def _check_can_run(sweep: "SweepConfig") -> None:
     for name in ("ray", "optuna"):
         if importlib.util.find_spec(name) is None:
             raise UsageError(f'gmscale sweep needs {name}; pip install "gmscale[sweep]" (--plan does without)')
+    if sweep.dashboard and importlib.util.find_spec("aiohttp_cors") is None:
+        raise UsageError('sweep.dashboard needs more of Ray than is installed here; pip install "ray[default]"')
     check_this_machine(sweep)
 
 

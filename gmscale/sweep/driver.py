@@ -203,6 +203,8 @@ def _ray(sweep: SweepConfig) -> Iterator[None]:
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         where = f"at RAY_ADDRESS {address}" if address else f"on {socket.gethostname()}"
         raise RunError(f"Ray {where} does not answer: {' '.join(str(error).split())[:200]}") from None
+    if sweep.dashboard and address is None:
+        print(f"Ray's dashboard: http://{context.dashboard_url}", flush=True)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         resources.check(sweep, nodes)

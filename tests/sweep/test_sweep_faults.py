@@ -1,5 +1,6 @@
 """What must not happen to a sweep: two drivers, a forgotten branch, an endless wait, a search that never learns."""
 
+import importlib.util
 import math
 import os
 import signal
@@ -53,6 +54,13 @@ def test_without_ray_nothing_is_written(
     with pytest.raises(UsageError, match=rf"needs {name}; pip install \"gmscale\[sweep\]\""):
         command.main(["--config", str(file)])
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is not None, reason="Ray's dashboard is installed")
+def test_a_dashboard_that_is_not_installed_is_refused_before_ray_starts(cache: Path, tmp_path: Path) -> None:
+    file = sweeping.write(tmp_path, cache, {"space": LR, "dashboard": True})
+    with pytest.raises(UsageError, match=r"sweep\.dashboard needs more of Ray .* pip install \"ray\[default\]\""):
+        command.main(["--config", str(file)])
 
 
 def test_a_cluster_that_is_not_there_is_noticed_at_once(
