@@ -89,7 +89,7 @@ def test_killed_and_moved_it_goes_on_without_repeating_anything(cache: Path, tmp
         tmp_path,
         cache,
         {"space": SPACE, "search": "grid", "no_mask_lr": [1, 2], "confirm_seeds": 0, "at_once": 1},
-        run={"epochs": 6.0, "save_every_steps": 3},
+        run={"epochs": 20.0, "save_every_steps": 3},
     )
     sweep = sweeping.Sweep(tmp_path / "log", "--config", str(file))
     sweeping.wait_until("a result", sweep, lambda: any(r.results for r in sweeping.records(tmp_path).values()))
@@ -117,7 +117,7 @@ def test_a_stop_saves_all_trials_and_the_same_command_goes_on(cache: Path, tmp_p
         tmp_path,
         cache,
         {"space": SPACE, "search": "grid", "no_mask_lr": [1], "confirm_seeds": 0},
-        run={"epochs": 12.0},
+        run={"epochs": 20.0},
     )
     sweep = sweeping.Sweep(tmp_path / "log", "--config", str(file))
     sweeping.wait_until("a result", sweep, lambda: any(r.results for r in sweeping.records(tmp_path).values()))
