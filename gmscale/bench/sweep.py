@@ -73,7 +73,7 @@ def _asha(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "sweep_s": [r[0] for r in rounds],
         "by_hand_s": [r[1] for r in rounds],
-        "ratio": statistics.median(sweep / hand for sweep, hand in rounds),
+        "ratio": statistics.median(r[0] / r[1] for r in rounds),
         "states": rounds[-1][2],
     }
 

@@ -1,5 +1,6 @@
 """What a checkpoint is written with: copies that training cannot change, and work beside the main thread."""
 
+import atexit
 import threading
 from collections.abc import Callable, Mapping
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from gmscale.checkpoint.contents import Pages
+
+_MOMENT_S = 2.0
 
 
 class Copies:
@@ -39,7 +42,9 @@ class Copies:
 class Task:
     """Some work in a thread of its own; what it raises is kept as `error`.
 
-    The thread ends with the process, wherever it is. It calls no collective: those belong to the main thread.
+    The thread ends with the process, wherever it is, but has a moment to leave torch's code, in which Python could
+    not end it: the process would be aborted, and its status lost. It calls no collective: those belong to the main
+    thread.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -47,6 +52,7 @@ class Task:
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
+        atexit.register(self.wait, _MOMENT_S)
 
     @property
     def running(self) -> bool:
@@ -62,3 +68,5 @@ class Task:
             self._work()
         except BaseException as error:  # the main thread raises what it cannot deal with
             self.error = error
+        finally:
+            atexit.unregister(self.wait)
