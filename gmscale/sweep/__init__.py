@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     base, sweep = config.load(folder)
     trials.read(folder)
     if options.record is not None:
-        return array.record(folder, base, sweep, options.record)
+        return array.record(folder, sweep, options.record)
     if not options.plan:
         _check_can_run(sweep)
     with driving(folder):

@@ -40,7 +40,7 @@ def plan(folder: Path, base: TrainConfig, sweep: SweepConfig) -> int:
     return 0
 
 
-def record(folder: Path, base: TrainConfig, sweep: SweepConfig, number: int) -> int:
+def record(folder: Path, sweep: SweepConfig, number: int) -> int:
     """Judge what the job of trial `number` left, and write it into the ledger."""
     records = trials.read(folder)
     if number not in records:

@@ -165,11 +165,11 @@ class Driver:
         """Bring the display up to date."""
         self._display.update(self._follower.update())
 
-    def stopped(self, number: int, values: Mapping[str, float]) -> None:
+    def stopped(self, number: int) -> None:
         """Write down that the scheduler has ended a trial."""
         record = self._follower.update()[number]
         if not record.ended:
-            last = record.results[-1].values if record.results else values
+            last = record.results[-1].values if record.results else {}
             self._ledger.end(record.trial, "stopped", last, 0.0)
 
     def lost(self, number: int, error: str, *, for_good: bool) -> None:

@@ -8,7 +8,7 @@ from gmscale.sweep import space
 from gmscale.sweep.config import SweepConfig, no_mask, random_twin
 from gmscale.trials import BASELINE, MASK, RANDOM, Arm, Ledger, Record, Trial, findings, schedule
 
-FRESH = 1000  # seeds of the confirmation begin so much higher than those of the search
+FRESH = 1000  # seeds of the confirmation begin so much higher than those of the search, or behind the last of them
 ADAPTIVE = ("tpe", "nsga2")
 
 
@@ -34,7 +34,8 @@ def confirmation(base: TrainConfig, sweep: SweepConfig, records: Mapping[int, Re
     Empty where the search left nothing to confirm, or confirm_seeds is 0.
     """
     chosen = _distinct(_best(base, sweep, records))
-    seeds = range(base.run.seed + FRESH, base.run.seed + FRESH + sweep.confirm_seeds)
+    first = base.run.seed + max(FRESH, sweep.seeds)
+    seeds = range(first, first + sweep.confirm_seeds)
     number = max(n for n, record in records.items() if record.trial.stage == "search")
     return [
         Trial(number + i, "confirm", arm, settings, seed, changes)

@@ -30,7 +30,7 @@ class Reporter(NotKept, tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if "state" not in trial.last_result:
-            self._driver.stopped(int(str(trial)), {})
+            self._driver.stopped(int(str(trial)))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._driver.lost(int(str(trial)), _error_of(trial), for_good=False)

@@ -18,13 +18,13 @@ from gmscale.config import TrainConfig
 from gmscale.sweep import space
 from gmscale.sweep.config import SweepConfig
 from gmscale.trials import MASK, Record
-from gmscale.trials.findings import merit
+from gmscale.trials.findings import lower_is_better, merit
 
 
 def make(sweep: SweepConfig, base: TrainConfig, records: Mapping[int, Record]) -> TrialScheduler:
     """Return the scheduler of a search, which knows what `records` say of trials that have ended."""
     objective, epochs = sweep.objectives[0], base.run.epochs
-    mode = "min" if objective.endswith("loss") else "max"
+    mode = "min" if lower_is_better(objective) else "max"
     chosen: TrialScheduler
     if sweep.scheduler in ("asha", "hyperband"):
         np.random.seed(sweep.seed)  # by which Ray draws the bracket of a trial

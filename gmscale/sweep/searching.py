@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 from gmscale.sweep.config import SweepConfig
 from gmscale.sweep.reporting import NotKept
 from gmscale.trials import MASK, Record, Trial
-from gmscale.trials.findings import merit
+from gmscale.trials.findings import lower_is_better, merit
 
 
 class Asked:
@@ -27,7 +27,7 @@ class Asked:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._objectives = sweep.objectives
         directions = [
-            StudyDirection.MINIMIZE if o.endswith("loss") else StudyDirection.MAXIMIZE for o in self._objectives
+            StudyDirection.MINIMIZE if lower_is_better(o) else StudyDirection.MAXIMIZE for o in self._objectives
         ]
         seed = sweep.seed + len(records)  # one that goes on does not repeat what it asked for before
         sampler: optuna.samplers.BaseSampler

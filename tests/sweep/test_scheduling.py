@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gmscale.config import RunConfig, TrainConfig
-from gmscale.sweep import resources, scheduling
+from gmscale.sweep import planning, resources, scheduling
 from gmscale.sweep.config import SweepConfig
 from gmscale.trials import MASK, Record, Result, Trial
 
@@ -76,3 +76,11 @@ def test_as_many_trials_train_at_once_as_fit_on_the_nodes() -> None:
     assert resources.places(two, nodes) == 2
     assert resources.places(replace(two, at_once=1), nodes) == 1
     assert resources.places(ASHA, nodes) == 87
+
+
+def test_seeds_of_the_confirmation_are_fresh_also_after_a_search_of_many_seeds() -> None:
+    sweep = replace(ASHA, scheduler="none", seeds=1500, confirm_seeds=2, no_mask_lr=[], random_mask=False)
+    records = {one.number: Record(one, "finished", values={"top1": 50.0}) for one in planning.search(BASE, sweep)}
+    confirmed = {one.seed for one in planning.confirmation(BASE, sweep, records)}
+    assert confirmed
+    assert confirmed.isdisjoint(record.trial.seed for record in records.values())

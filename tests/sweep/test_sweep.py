@@ -30,7 +30,7 @@ def test_a_sweep_has_controls_and_confirms_its_winner_on_fresh_seeds(cache: Path
     assert sorted(trial.arm for trial in confirm) == sorted([BASELINE, MASK, RANDOM] * 2)
     assert {trial.seed for trial in confirm}.isdisjoint({trial.seed for trial in search})
     assert (tmp_path / "sweep" / "report.html").exists()
-    assert "5 configurations" in said or "not evidence" in said
+    assert "fewer than five seeds: not evidence" in said
 
     # a trial's command reproduces it alone, to the bit
     trial = search[-1]
@@ -124,8 +124,13 @@ def test_a_stop_saves_all_trials_and_the_same_command_goes_on(cache: Path, tmp_p
     sweep.process.send_signal(signal.SIGTERM)
     assert sweep.wait(60) == 75, sweep.output
     assert "goes on" in sweep.output
-    assert tiny.checkpoint_steps(tmp_path / "sweep" / "trials" / "0001")
-    assert not any(record.ended for record in sweeping.records(tmp_path).values())
+    stopped = sweeping.records(tmp_path)
+    assert not any(record.ended for record in stopped.values())
+    # which of the two places was first to train is chance; the other may have had nothing to save yet
+    trained = [number for number, record in stopped.items() if record.results]
+    assert trained
+    for number in trained:
+        assert tiny.checkpoint_steps(tmp_path / "sweep" / "trials" / f"{number:04d}")
     sweeping.run(tmp_path / "log2", "--config", str(file))
     records = sweeping.records(tmp_path)
     assert {record.state for record in records.values()} == {"finished"}
