@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gmscale.data import DataConfig, normalize
 from gmscale.errors import UsageError
-from gmscale.evaluation.attacks import Attack, OnPixels, fgsm, pgd, random_start, survivors
+from gmscale.evaluation.attacks import Attack, fgsm, pgd, random_start, survivors
+from gmscale.evaluation.subject import OnPixels
 
 NORMS = ("linf", "l2")
 ULP = 1e-6

@@ -13,10 +13,10 @@ import tiny
 import torch
 
 from gmscale import cli, scorecards
-from gmscale.data import val_loader
-from gmscale.evaluation import command
+from gmscale.data import ValLoader, val_loader
 from gmscale.evaluation.command import main as evaluate
-from gmscale.evaluation.scorecard import measure
+from gmscale.evaluation.scorecard import Scorecard
+from gmscale.evaluation.subject import spread
 from gmscale.parallel import World
 from gmscale.parallel.local_ranks import run_ranks
 
@@ -34,11 +34,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What has been measured, one after another."""
     asked: list[Any] = []
 
-    def counted(what: Any, *rest: Any, **options: Any) -> dict[str, float]:
+    def counted(card: Scorecard, what: Any, found: Any) -> None:
         asked.append(what)
-        return measure(what, *rest, **options)
+        add(card, what, found)
 
-    monkeypatch.setattr(command, "measure", counted)
+    add = Scorecard.add
+    monkeypatch.setattr(Scorecard, "add", counted)
     return asked
 
 
@@ -130,9 +131,9 @@ def test_a_limit_takes_images_from_the_whole_split(run: Path, cache: Path) -> No
     whole = val_loader(config, 0, 1)
     images = torch.cat([images for images, _, _ in whole])
     labels = torch.cat([labels for _, labels, _ in whole])
-    index = command._spread(whole.index, 7)  # type: ignore[union-attr]
+    index = spread(whole.index, 7)  # type: ignore[union-attr]
     chosen = np.arange(7) * 25 // 7
-    few = [command.ValLoader(index, replace(config, eval_batch_size_per_device=2), rank, 2) for rank in range(2)]
+    few = [ValLoader(index, replace(config, eval_batch_size_per_device=2), rank, 2) for rank in range(2)]
     assert torch.equal(torch.cat([batch[0] for loader in few for batch in loader]), images[chosen])
     assert torch.equal(torch.cat([batch[1] for loader in few for batch in loader]), labels[chosen])
     alone(run, "--prune", "0.5", "--limit", "7")
@@ -167,16 +168,17 @@ def test_an_interrupted_evaluation_goes_on(run: Path, tmp_path: Path, monkeypatc
     alone(other, *QUICK)
     done: list[Any] = []
 
-    def until_the_fourth(what: Any, *rest: Any, **options: Any) -> dict[str, float]:
+    def until_the_fourth(card: Scorecard, what: Any, found: Any) -> None:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(what)
-        return measure(what, *rest, **options)
+        add(card, what, found)
 
-    monkeypatch.setattr(command, "measure", until_the_fourth)
+    add = Scorecard.add
+    monkeypatch.setattr(Scorecard, "add", until_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         alone(run, *QUICK)
-    assert (len(card_of(run)["pruning"]), card_of(run)["attacks"]) == (2, [])
+    assert (len(card_of(run)["pruning"]), card_of(run).get("attacks")) == (2, None)
     done.clear()
     alone(run, *QUICK)
     assert len(done) == 2

@@ -1,11 +1,16 @@
 """Accuracy and loss over a validation split, every sample counted exactly once on any number of ranks."""
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from gmscale import parallel
 from gmscale.data import DataConfig, StreamValLoader, ValLoader, normalize
+from gmscale.evaluation.measurement import Measurement
+from gmscale.evaluation.subject import Subject
 from gmscale.parallel import World
 
 
@@ -47,3 +52,18 @@ def evaluate(
     model.train(was_training)
     loss, top1, top5, count = parallel.sum_over_ranks(sums, world).tolist()
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": int(count)}
+
+
+@dataclass(frozen=True)
+class Accuracy(Measurement):
+    """Top1, top5 and loss of the model as it is."""
+
+    section: ClassVar[str] = "accuracy"
+    shown: ClassVar[dict[str, tuple[str, str]]] = {"top1": ("top1 %", ".2f"), "top5": ("top5 %", ".2f")}
+
+    @property
+    def words(self) -> str:
+        return "accuracy"
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        return dict(evaluate(subject.model, subject.loader, subject.config.data, subject.world))

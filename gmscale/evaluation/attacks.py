@@ -5,17 +5,16 @@ on the sample alone, so results do not depend on how samples are divided into ba
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmscale import parallel
-from gmscale.data import DataConfig, StreamValLoader, ValLoader, normalize
 from gmscale.errors import check_choice, check_range
-from gmscale.parallel import World
+from gmscale.evaluation.measurement import Measurement
+from gmscale.evaluation.subject import Subject
 
 ATTACKS = ("fgsm", "pgd")
 NORMS = ("linf", "l2")
@@ -25,8 +24,11 @@ _TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack:
-    """Which attack, and how strong. FGSM is one step without restarts."""
+class Attack(Measurement):
+    """Top1 under an attack. FGSM is one step without restarts."""
+
+    section: ClassVar[str] = "attacks"
+    shown: ClassVar[dict[str, tuple[str, str]]] = {"top1": ("top1 %", ".2f")}
 
     attack: str
     """fgsm or pgd."""
@@ -43,28 +45,21 @@ class Attack:
         check_range(self.steps, "--steps", 1, whole=True)
         check_range(self.restarts, "--restarts", 1, whole=True)
 
+    @property
+    def words(self) -> str:
+        norm = {"linf": "L-inf", "l2": "L2"}[self.norm]
+        how = f", steps {self.steps}, restarts {self.restarts}" if self.attack == "pgd" else ""
+        return f"{self.attack.upper()} {norm} eps {_eps(self.eps)}{how}"
 
-class OnPixels(nn.Module):
-    """`model` as a function of pixels in [0, 1], [N, data.channels, H, W]: it normalises them itself."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, config: DataConfig) -> None:
-        super().__init__()
-        self.model = model
-        self._config = config
-        device = next(model.parameters()).device
-        for name, values in zip(("mean", "std"), config.statistics, strict=True):
-            self.register_buffer(name, torch.tensor(values, device=device)[:, None, None])
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self.model((pixels - self.mean) / self.std)
-        return logits
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Return uint8 images [N, 3, H, W] of a loader as the pixels that `forward` takes."""
-        return (normalize(images, self._config) * self.std + self.mean).clamp(0, 1)
+    def measure(self, subject: Subject) -> dict[str, float]:
+        """Return the percentage of images that are classified correctly and stay so."""
+        model = subject.on_pixels
+        counts = torch.zeros(2)  # robust, all
+        for pixels, labels, indices in subject.batches():
+            _, robust = survivors(model, pixels, labels, indices, self, subject.seed)
+            counts += torch.tensor([int(robust.sum()), len(labels)])
+        robust_images, all_images = subject.total(counts).tolist()
+        return {"top1": 100 * robust_images / all_images}
 
 
 def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, *, eps: float, norm: str = "linf") -> Tensor:
@@ -136,35 +131,6 @@ def survivors(
     return correct, robust
 
 
-def robust_top1(
-    model: nn.Module,
-    loader: ValLoader | StreamValLoader,
-    config: DataConfig,
-    world: World,
-    attack: Attack,
-    *,
-    seed: int,
-    on_batch: Callable[[int], None] = lambda images: None,
-) -> float:
-    """Return the percentage of images that are classified correctly and stay so, over all ranks.
-
-    `model` is the bare model and takes normalised images. `on_batch` hears of how many images this rank has done.
-    """
-    was_training = model.training
-    model.eval()
-    on_pixels = OnPixels(model, config)
-    counts = torch.zeros(2, dtype=torch.float64)  # robust, all
-    for images, labels, indices in loader:
-        pixels = on_pixels.pixels(images.to(world.device, non_blocking=True))
-        labels, indices = (t.to(world.device, non_blocking=True) for t in (labels, indices))
-        _, robust = survivors(on_pixels, pixels, labels, indices, attack, seed)
-        counts += torch.tensor([int(robust.sum()), len(labels)], dtype=torch.float64)
-        on_batch(int(counts[1]))
-    model.train(was_training)
-    robust_images, all_images = parallel.sum_over_ranks(counts, world).tolist()
-    return 100 * robust_images / all_images
-
-
 def _gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     """Return the gradient of each image's cross-entropy; those of parameters are not computed."""
     pixels = pixels.detach().requires_grad_()
@@ -215,3 +181,9 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 _ODD = -0x61C8864680B583EB  # 2**64 divided by the golden ratio, as int64
+
+
+def _eps(eps: float) -> str:
+    """Return 4/255 for what is that, as people write radii."""
+    steps = round(eps * 255)
+    return f"{steps}/255" if steps and math.isclose(eps * 255, steps) else f"{eps:g}"

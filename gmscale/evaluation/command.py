@@ -2,27 +2,29 @@
 
 import argparse
 import hashlib
-import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
 from gmscale import data, parallel, scorecards
 from gmscale.config import ParallelConfig, TrainConfig
-from gmscale.data import ShardIndex, StreamValLoader, ValLoader
+from gmscale.data import StreamValLoader, ValLoader
 from gmscale.data.config import without_secrets
 from gmscale.errors import OneLineParser, UsageError, check_choice, check_range
+from gmscale.evaluation.accuracy import Accuracy
 from gmscale.evaluation.attacks import ATTACKS, NORMS, Attack
-from gmscale.evaluation.pruning import check_sparsity
-from gmscale.evaluation.scorecard import Accuracy, Measurement, Pruning, Scorecard, measure
+from gmscale.evaluation.measurement import Measurement
+from gmscale.evaluation.pruning import Pruning
+from gmscale.evaluation.scorecard import Scorecard, entry_of
+from gmscale.evaluation.subject import Subject, spread
 from gmscale.parallel import World
 from gmscale.progress import Meter
 from gmscale.report import load_run
@@ -111,8 +113,6 @@ def _measurements(options: argparse.Namespace) -> list[Measurement]:
     if options.prune is None and options.attack is None:
         options.prune, options.attack = _PRUNE, _ATTACK
     shares = [_number(word, "--prune") for word in (options.prune or "").split(",") if options.prune is not None]
-    for share in shares:
-        check_sparsity(share, "--prune")
     names = [word.strip() for word in (options.attack or "").split(",") if options.attack is not None]
     check_choice(options.norm, NORMS, "--norm")
     eps = _number(options.eps, "--eps")
@@ -138,6 +138,7 @@ def _evaluate(request: _Request, world: World) -> int:
     model = trained.model.requires_grad_(False).to(world.device)
     if config.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    subject = Subject(model, config, loader, world, trained.classes)
     card, missing = None, list(request.measurements)
     with parallel.together(world):
         if world.is_main:
@@ -148,15 +149,16 @@ def _evaluate(request: _Request, world: World) -> int:
     for number, what in enumerate(missing, 1):
         world.heartbeat.at("evaluation")
         if card is not None:
-            console.print(f"[{number}/{len(missing)}] {_words(what)}", markup=False, highlight=False)
-        with _progress(what, card, world) as on_batch:
-            found = measure(what, model, loader, config.data, world, seed=config.run.seed, on_batch=on_batch)
+            console.print(f"[{number}/{len(missing)}] {what.words}", markup=False, highlight=False)
+        with _progress(what, world) as progress:
+            found = what.measure(replace(subject, progress=progress))
         with parallel.together(world):
             if card is not None:
                 card.add(what, found)
     if card is not None:
-        lines: list[str | Table] = [f"{request.run_dir}: {_which(card.content)}", _table(card.content)]
-        lines += [*([_HONESTY] if card.content["attacks"] else []), str(request.out)]
+        lines: list[str | Table] = [f"{request.run_dir}: {_which(card.content)}"]
+        lines += _tables(card.content, request.measurements)
+        lines += [*([_HONESTY] if card.content.get("attacks") else []), str(request.out)]
         for line in lines:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -190,8 +192,8 @@ def _open(request: _Request, world: World) -> _Opened:
             raise UsageError("--limit needs data.access index; this run's is stream")
         if request.limit >= len(loader.index):
             return _Opened(trained, config, loader, None)
-        spread = _spread(loader.index, request.limit)
-        return _Opened(trained, config, ValLoader(spread, section, world.rank, world.size), request.limit)
+        part = spread(loader.index, request.limit)
+        return _Opened(trained, config, ValLoader(part, section, world.rank, world.size), request.limit)
 
     # the first may put sharded weights together, and the first of each node build the embedded set
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
@@ -200,14 +202,6 @@ def _open(request: _Request, world: World) -> _Opened:
             if now == turn:
                 opened = open_both()
     return opened
-
-
-def _spread(index: ShardIndex, limit: int) -> ShardIndex:
-    """Return an index of `limit` samples, evenly spread: shards are often sorted by class."""
-    chosen = np.arange(limit) * len(index) // limit
-    per_shard = np.bincount([index.shard(int(i)) for i in chosen], minlength=len(index.lengths))
-    stored = replace(index.stored, rows=index.stored.rows[chosen], lengths=tuple(per_shard.tolist()), table=None)
-    return replace(index, stored=stored)
 
 
 def _about(trained: Trained, limit: int | None) -> dict[str, Any]:
@@ -231,47 +225,33 @@ def _about(trained: Trained, limit: int | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(what: Measurement, card: Scorecard | None, world: World) -> Iterator[Callable[[int], None]]:
+def _progress(what: Measurement, world: World) -> Iterator[Callable[[int, int], None]]:
     """Show, on the main rank, how far a measurement is; the others' shares are as large."""
-    if card is None:
-        yield lambda images: None
+    if not world.is_main:
+        yield lambda done, total: None
         return
-    with Meter(_words(what)) as meter:
-        yield lambda images: meter.show(images, -(-card.content["samples"] // world.size))
+    with Meter(what.words) as meter:
+        yield meter.show
 
 
-def _table(card: Mapping[str, Any]) -> Table:
-    table = Table(box=SIMPLE)
-    table.add_column("measured", no_wrap=True)
-    for heading in ("top1 %", "change", "weights at zero"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    whole = card["accuracy"]["top1"]
-    table.add_row(_words(Accuracy()), f"{whole:.2f}", "", "")
-    for section, kind in (("pruning", Pruning), ("attacks", Attack)):
-        for entry in card[section]:
-            what = kind(**{field.name: entry[field.name] for field in fields(kind)})
-            zero = f"{entry['measured']:.2%}" if "measured" in entry else ""
-            table.add_row(_words(what), f"{entry['top1']:.2f}", f"{entry['top1'] - whole:+.2f}", zero)
-    return table
+def _tables(card: Mapping[str, Any], measurements: Sequence[Measurement]) -> Iterator[Table]:
+    """Yield one table a section of what was asked for."""
+    by_section: defaultdict[str, list[Measurement]] = defaultdict(list)
+    for what in measurements:
+        by_section[what.section].append(what)
+    for section, asked in by_section.items():
+        table = Table(box=SIMPLE)
+        table.add_column(section, no_wrap=True)
+        for heading, _ in asked[0].shown.values():
+            table.add_column(heading, justify="right", no_wrap=True)
+        for what in asked:
+            found = entry_of(card, what)
+            assert found is not None
+            values = [(found.get(name), form) for name, (_, form) in what.shown.items()]
+            table.add_row(what.words, *("-" if value is None else format(value, form) for value, form in values))
+        yield table
 
 
 def _which(card: Mapping[str, Any]) -> str:
     averaged = "averaged" if card["weights"] == "ema" else "plain"
     return f"{averaged} weights of step {card['step']}, {card['samples']} images"
-
-
-def _words(what: Measurement) -> str:
-    """Return what is measured, for people."""
-    if isinstance(what, Pruning):
-        return f"pruned by {100 * what.sparsity:g} %"
-    if isinstance(what, Attack):
-        norm = {"linf": "L-inf", "l2": "L2"}[what.norm]
-        how = f", steps {what.steps}, restarts {what.restarts}" if what.attack == "pgd" else ""
-        return f"{what.attack.upper()} {norm} eps {_eps(what.eps)}{how}"
-    return "accuracy"
-
-
-def _eps(eps: float) -> str:
-    """Return 4/255 for what is that, as people write radii."""
-    steps = round(eps * 255)
-    return f"{steps}/255" if steps and math.isclose(eps * 255, steps) else f"{eps:g}"

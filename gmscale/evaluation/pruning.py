@@ -1,12 +1,43 @@
 """Global magnitude pruning: what is left of a model without its smallest weights."""
 
 import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from gmscale.errors import UsageError
+from gmscale.evaluation.accuracy import evaluate
+from gmscale.evaluation.measurement import Measurement
+from gmscale.evaluation.subject import Subject
+
+
+@dataclass(frozen=True)
+class Pruning(Measurement):
+    """Top1 after global magnitude pruning."""
+
+    section: ClassVar[str] = "pruning"
+    shown: ClassVar[dict[str, tuple[str, str]]] = {
+        "top1": ("top1 %", ".2f"),
+        "measured": ("weights at zero", ".2%"),
+    }
+
+    sparsity: float
+    """Share of the weights that go."""
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity, "--prune")
+
+    @property
+    def words(self) -> str:
+        return f"pruned by {100 * self.sparsity:g} %"
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        sparse, measured = pruned(subject.model, self.sparsity)
+        found = evaluate(sparse, subject.loader, subject.config.data, subject.world)
+        return {"measured": measured, "top1": found["top1"]}
 
 
 def check_sparsity(sparsity: float, name: str) -> None:

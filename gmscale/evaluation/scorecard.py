@@ -1,60 +1,16 @@
-"""What is measured of a trained model, one result after another, each kept at once in the scorecard."""
+"""The scorecard while it is filled: one result after another, each kept at once."""
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from gmscale import scorecards
-from gmscale.data import DataConfig, StreamValLoader, ValLoader
 from gmscale.errors import UsageError
-from gmscale.evaluation.accuracy import evaluate
-from gmscale.evaluation.attacks import Attack, robust_top1
-from gmscale.evaluation.pruning import pruned
+from gmscale.evaluation.measurement import Measurement
 from gmscale.files import write_atomically
-from gmscale.parallel import World
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top1, top5 and loss of the model as it is."""
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Top1 after global magnitude pruning."""
-
-    sparsity: float
-
-
-Measurement = Accuracy | Pruning | Attack
-_SECTIONS = {Pruning: "pruning", Attack: "attacks"}
-
-
-def measure(
-    what: Measurement,
-    model: nn.Module,
-    loader: ValLoader | StreamValLoader,
-    config: DataConfig,
-    world: World,
-    *,
-    seed: int,
-    on_batch: Callable[[int], None] = lambda images: None,
-) -> dict[str, float]:
-    """Return what one measurement finds, in percent but for the loss; a collective. `model` is left as it is.
-
-    `seed` is that of what attacks draw; `on_batch` hears, during attacks, of how many images this rank has done.
-    """
-    if isinstance(what, Attack):
-        return {"top1": robust_top1(model, loader, config, world, what, seed=seed, on_batch=on_batch)}
-    if isinstance(what, Pruning):
-        sparse, measured = pruned(model, what.sparsity)
-        return {"measured": measured, "top1": evaluate(sparse, loader, config, world)["top1"]}
-    return evaluate(model, loader, config, world)
 
 
 class Scorecard:
@@ -76,27 +32,41 @@ class Scorecard:
                     "file with --out, or remove it"
                 )
         if not self.content:
-            self.content = {**about, "samples": None, "accuracy": {}, "pruning": [], "attacks": []}
+            self.content = {**about, "samples": None, "accuracy": {}}
 
     def has(self, what: Measurement) -> bool:
         """Whether the result is there."""
-        if isinstance(what, Accuracy):
-            return bool(self.content["accuracy"])
-        asked = asdict(what)
-        return any(asked.items() <= entry.items() for entry in self.content[_SECTIONS[type(what)]])
+        return entry_of(self.content, what) is not None
 
-    def add(self, what: Measurement, found: Mapping[str, float]) -> None:
-        """Keep what `measure` returned; the file is complete at any moment."""
-        if isinstance(what, Accuracy):
-            self.content["samples"] = found["count"]
-            self.content["accuracy"] = {
-                name: found[name] if math.isfinite(found[name]) else None for name in ("top1", "top5", "loss")
-            }
+    def add(self, what: Measurement, found: Mapping[str, Any]) -> None:
+        """Keep what was found; the file is complete at any moment."""
+        asked, known = asdict(what), _finite(dict(found))
+        if asked:
+            entries = self.content.setdefault(what.section, [])
+            entries.append({**asked, **known})
+            entries.sort(key=lambda entry: [(entry.get(name) is not None, entry.get(name)) for name in asked])
         else:
-            entries = self.content[_SECTIONS[type(what)]]
-            entries.append({**asdict(what), **found})
-            entries.sort(key=lambda entry: [entry[name] for name in asdict(what)])
+            self.content[what.section] = known
+        if what.section == "accuracy":
+            self.content["samples"] = known.pop("count")
         write_atomically(self._path, json.dumps(self.content, indent=1, allow_nan=False))
+
+
+def entry_of(card: Mapping[str, Any], what: Measurement) -> Mapping[str, Any] | None:
+    """Return what a scorecard holds of a measurement; None if that is missing."""
+    asked, section = asdict(what), card.get(what.section)
+    if not asked:
+        return section or None
+    return next((entry for entry in section or () if asked.items() <= entry.items()), None)
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
