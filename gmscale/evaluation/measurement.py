@@ -9,7 +9,7 @@ from gmscale.evaluation.subject import Subject
 
 @dataclass(frozen=True)
 class Measurement(ABC):
-    """One measurement. Its fields are its settings, as JSON values; the scorecard keeps them beside what was found."""
+    """One measurement. Its fields are its settings, as JSON values; the scorecard keeps them beside the results."""
 
     section: ClassVar[str]
     """Where in the scorecard. A measurement without fields is the section; of others the section lists many."""
