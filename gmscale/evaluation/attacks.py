@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmscale.errors import check_choice, check_range
+from gmscale.evaluation.draws import uniform
 from gmscale.evaluation.measurement import Measurement
 from gmscale.evaluation.subject import Subject
 
@@ -98,7 +99,7 @@ def random_start(pixels: Tensor, indices: Tensor, *, eps: float, norm: str, key:
 
     It depends on the `key` and on the sample's number in `indices`, int64 [N], not on the other samples.
     """
-    draws = _uniform(indices.to(pixels.device), pixels[0].numel() + 1, key)
+    draws = uniform(indices.to(pixels.device), pixels[0].numel() + 1, key)
     start = 2 * draws[:, 1:] - 1
     if norm == "linf":
         start = eps * start
@@ -154,33 +155,6 @@ def _into_ball(change: Tensor, eps: float, norm: str) -> Tensor:
 def _lengths(images: Tensor) -> Tensor:
     """Return the L2 norm of each image, [N, 1, 1, 1]."""
     return torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
-
-
-def _uniform(indices: Tensor, count: int, key: tuple[int, int]) -> Tensor:
-    """Return `count` numbers evenly distributed in (0, 1) for each of `indices`: float32 [N, count].
-
-    splitmix64 at a position that follows from key and index, since a generator would need a loop over the images.
-    """
-    state = torch.zeros_like(indices)
-    for part in (*key, indices):
-        state = _mixed(state + part + 1)
-    bits = _mixed(state[:, None] + _ODD * torch.arange(1, count + 1, device=indices.device))
-    return (_shifted(bits, 41).float() + 0.5) / 2**23
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Return the finaliser of splitmix64; products wrap around."""
-    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Return int64 `x` shifted to the right as if it had no sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-_ODD = -0x61C8864680B583EB  # 2**64 divided by the golden ratio, as int64
 
 
 def _eps(eps: float) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gmscale import data, parallel
@@ -46,7 +47,7 @@ class PixelBatch(NamedTuple):
     labels: Tensor
     """int64 [N]"""
     indices: Tensor
-    """int64 [N]: the samples' numbers in the split, by which whatever is drawn for them is seeded."""
+    """int64 [N]: the samples' numbers in the loader's index, by which whatever is drawn for them is seeded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +93,10 @@ class Subject:
         loader = self.loader if images is None else self._loader_of(images)
         on_pixels, device = self.on_pixels, self.world.device
         share = -(-self.count(images) // self.world.size)
+        numbers = None if loader is self.loader else torch.from_numpy(spread_over(self.count(), self.count(images)))
         done = 0
         for uint8, labels, indices in loader:
+            indices = indices if numbers is None else numbers[indices]
             pixels = on_pixels.pixels(uint8.to(device, non_blocking=True))
             yield PixelBatch(pixels, labels.to(device, non_blocking=True), indices.to(device, non_blocking=True))
             done += len(labels)
@@ -133,9 +136,14 @@ class Subject:
         return self._spread[images]
 
 
+def spread_over(total: int, images: int) -> NDArray[np.int64]:
+    """Return `images` numbers below `total`, evenly spread: shards are often sorted by class."""
+    return np.arange(images) * total // images
+
+
 def spread(index: ShardIndex, images: int) -> ShardIndex:
-    """Return an index of `images` samples, evenly spread: shards are often sorted by class."""
-    chosen = np.arange(images) * len(index) // images
+    """Return an index of `images` samples of another, evenly spread."""
+    chosen = spread_over(len(index), images)
     per_shard = np.bincount([index.shard(int(i)) for i in chosen], minlength=len(index.lengths))
     stored = replace(index.stored, rows=index.stored.rows[chosen], lengths=tuple(per_shard.tolist()), table=None)
     return replace(index, stored=stored)
