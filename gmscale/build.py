@@ -72,6 +72,11 @@ def training_state(
                 "parallel.sharded_checkpoints needs parallel.backend fsdp2 or parallel.zero_stage 3 of deepspeed; "
                 f"this is {world.backend}, of which every rank holds the whole weights"
             )
+        if config.augment.guided and config.augment.guide == "saliency" and world.backend not in ("single", "ddp"):
+            raise UsageError(
+                f"augment.guide saliency needs parallel.backend ddp, where a rank can run the model alone; with "
+                f"{world.backend} expected augment.guide random"
+            )
         bare = models.create(config, classes)
         models.check_optimizer(bare, config.optim, world.backend)
         loaded = None

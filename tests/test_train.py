@@ -399,6 +399,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # its update depends on norms over its state, which are rounded in the order of the memory
     "lamb-channels-last": {"optim": {"opt": "lamb", "lr": 0.01}, "model": {"channels_last": True}},
+    "guided-by-saliency": {
+        "augment": {"guided_crop": 0.5, "guided_mix": 0.5, "erase_prob": 0.2},
+        "output": {"enabled": True, "sigma": 1.0},
+    },
     "accumulation-bf16": {
         "run": {"epochs": 2, "log_every": 2},
         "optim": {"grad_accum_steps": 3, "amp": "bf16", "sched": "poly"},

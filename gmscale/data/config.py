@@ -185,13 +185,38 @@ class AugmentConfig:
     mix_off_epoch: int = 0
     """Epoch from which on nothing is mixed; 0 mixes to the end."""
 
+    guide: Literal["saliency", "random"] = "saliency"
+    """Where guided crops and patches are taken: where the saliency of the model so far is highest, which costs a
+    forward and a backward pass more, or at random with the same sizes (the control)."""
+
+    guided_crop: float = 0.0
+    """Probability of cutting a square out of an image, once more, where `guide` says."""
+
+    guided_crop_scale: tuple[float, float] = (0.4, 0.9)
+    """Smallest and largest area of a guided crop, as a share of the image."""
+
+    guided_mix: float = 0.0
+    """Probability that an image takes a patch from its neighbour (SaliencyMix), the label mixed by its area; not
+    together with mixup or cutmix."""
+
     @property
     def mixes(self) -> bool:
         """Whether images are ever mixed."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether a micro-batch has to be made of pairs."""
+        return self.mixes or self.guided_mix > 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether anything is taken where `guide` says."""
+        return self.guided_crop > 0 or self.guided_mix > 0
+
     def __post_init__(self) -> None:
-        for field, high in (("crop_scale", 1.0), ("crop_ratio", float("inf")), ("cutmix_minmax", 1.0)):
+        ranges = {"crop_scale": 1.0, "crop_ratio": float("inf"), "cutmix_minmax": 1.0, "guided_crop_scale": 1.0}
+        for field, high in ranges.items():
             if getattr(self, field) is None:
                 continue
             low_end, high_end = getattr(self, field)
@@ -199,9 +224,13 @@ class AugmentConfig:
             check_range(high_end, f"augment.{field}[1]", 0, high, open_low=True)
             if low_end > high_end:
                 raise UsageError(f"augment.{field} is {low_end}, {high_end}; expected the smaller number first")
-        for field in ("hflip", "vflip", "erase_prob", "mix_prob", "mix_switch_prob"):
+        for field in ("hflip", "vflip", "erase_prob", "mix_prob", "mix_switch_prob", "guided_crop", "guided_mix"):
             check_range(getattr(self, field), f"augment.{field}", 0, 1)
         for field in ("color_jitter", "mixup", "cutmix", "mix_off_epoch"):
             check_range(getattr(self, field), f"augment.{field}", 0)
         check_range(self.repeats, "augment.repeats", 1, 64)
         check_range(self.erase_count, "augment.erase_count", 1, 100)
+        if self.guided_mix > 0 and self.mixes:
+            raise UsageError(
+                "augment.guided_mix and augment.mixup or cutmix mix the same pairs of images; expected one of them"
+            )

@@ -182,8 +182,10 @@ def _training(trained: Trained) -> Rows:
 
 def _augmentation(augment: AugmentConfig) -> str:
     """Return every setting of augmentation that does something."""
-    off = {"mix_prob", "mix_switch_prob", "mix_mode", "mix_off_epoch"} if not augment.mixes else set()
+    off = {"mix_prob", "mix_switch_prob", "mix_mode", "mix_off_epoch"} if not augment.takes_pairs else set()
     off |= {"erase_mode", "erase_count"} if augment.erase_prob == 0 else set()
+    off |= set() if augment.guided else {"guide"}
+    off |= set() if augment.guided_crop else {"guided_crop_scale"}
     off |= {"repeats"} if augment.repeats == 1 else set()
     if augment.auto_augment and "3a" not in augment.auto_augment:
         off |= {"color_jitter"}  # the policy replaces it

@@ -108,12 +108,12 @@ def _classes(config: TrainConfig) -> int:
 def _sizes(config: TrainConfig, *, free: bool, most: int) -> list[int]:
     """Return the sizes to choose from: those that leave the global batch as it is, or any; mixing takes pairs."""
     if free:
-        return round_sizes(most, even=config.augment.mixes)
+        return round_sizes(most, even=config.augment.takes_pairs)
     images = config.data.batch_size_per_device * config.optim.grad_accum_steps
-    sizes = divisors(images, even=config.augment.mixes)
+    sizes = divisors(images, even=config.augment.takes_pairs)
     if not sizes:
         raise UsageError(
-            f"augment.mixup and augment.cutmix mix pairs, and {images} images a device and step have no even part; "
+            f"augment.mixup, cutmix and guided_mix mix pairs, and {images} images a device and step have no even part; "
             "change data.batch_size_per_device or optim.grad_accum_steps"
         )
     return sizes

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmscale.data.config import LUMA, AugmentConfig, DataConfig
 from gmscale.data.images.erasing import Erasure, draw_erasure, erase
+from gmscale.data.images.guided import Guided, draw_guided
 from gmscale.data.images.mixing import Mix, draw_mix, mix_images, mix_labels
 
 if TYPE_CHECKING:
@@ -30,17 +31,20 @@ class Late(NamedTuple):
 
     mix: Mix | None
     erasure: Erasure | None
+    guided: Guided | None = None
+    """For guided.guide, after everything else: it may need the model."""
 
 
 def draw_late(augment: AugmentConfig, image_size: int, seeds: NDArray[np.uint64], epoch: int) -> Late | None:
-    """Draw mixing and erasing for one micro-batch from its samples' seeds [N]; None if there is neither.
+    """Draw mixing, erasing and guiding for one micro-batch from its samples' seeds [N]; None if there is none.
 
     With mixing on, N is even (see mixing.check_mixing).
     """
-    mixes = augment.mixes and not 0 < augment.mix_off_epoch <= epoch
-    mix = draw_mix(augment, image_size, seeds) if mixes else None
+    may_mix = not 0 < augment.mix_off_epoch <= epoch
+    mix = draw_mix(augment, image_size, seeds) if augment.mixes and may_mix else None
     erasure = draw_erasure(augment, image_size, seeds) if augment.erase_prob > 0 else None
-    return None if mix is None and erasure is None else Late(mix, erasure)
+    guided = draw_guided(augment, image_size, seeds, mixes=may_mix) if augment.guided else None
+    return None if mix is None and erasure is None and guided is None else Late(mix, erasure, guided)
 
 
 def to_device(
@@ -49,10 +53,10 @@ def to_device(
     """Return normalised float32 images [N, C, S, S] in channels_last memory, and targets, on the device.
 
     C is data.channels. Targets are the labels, int64 [N]; of mixed batches float32 [N, classes], the mixed one-hot
-    labels without smoothing. As in timm, mixing comes before normalisation and erasing after it; timm rounds mixed
-    images to bytes, here they stay floats.
+    labels without smoothing. What is drawn for guided.guide is left to that. As in timm, mixing comes before
+    normalisation and erasing after it; timm rounds mixed images to bytes, here they stay floats.
     """
-    mix, erasure = batch.late or (None, None)
+    mix, erasure, _ = batch.late or (None, None, None)
     pixels = _pixels(batch, data, device)
     targets = batch.labels.to(device, non_blocking=True)
     if mix is not None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 # Independent streams of random numbers under one seed; the loader's own draws from the seed are none of them.
-MIXING, ERASING = 1, 2
+MIXING, ERASING, GUIDING = 1, 2, 3
 
 
 class Streams:

@@ -33,10 +33,10 @@ class Mix(NamedTuple):
 
 def check_mixing(augment: AugmentConfig, batch_size_per_device: int) -> None:
     """Raise UsageError if images are to be mixed with their neighbours and one of a micro-batch has none."""
-    if augment.mixes and batch_size_per_device % 2:
+    if augment.takes_pairs and batch_size_per_device % 2:
         raise UsageError(
-            f"data.batch_size_per_device is {batch_size_per_device}; expected an even number, since augment.mixup "
-            f"and augment.cutmix mix pairs of images; nearest: {batch_size_per_device + 1}"
+            f"data.batch_size_per_device is {batch_size_per_device}; expected an even number, since augment.mixup, "
+            f"cutmix and guided_mix mix pairs of images; nearest: {batch_size_per_device + 1}"
         )
 
 
