@@ -152,6 +152,6 @@ def _warn_of_better(trained: Trained) -> None:
     if mine and plain and plain["top1"] > mine["top1"]:
         warnings.warn(
             f"the averaged weights have top1 {mine['top1']:.2f} %, the plain ones {plain['top1']:.2f} %; "
-            "--weights model exports those",
+            "--weights model takes those",
             stacklevel=3,
         )

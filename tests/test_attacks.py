@@ -1,4 +1,4 @@
-"""FGSM and PGD: the laws of every attack, attacks whose best answer is known, and ART's as the oracle."""
+"""The laws of all attacks, attacks whose best answer is known, and Captum and ART as oracles of FGSM and PGD."""
 
 import math
 
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from gmscale.data import DataConfig, normalize
 from gmscale.errors import UsageError
-from gmscale.evaluation.attacks import Attack, fgsm, pgd, random_start, survivors
+from gmscale.evaluation.attacks import Attack, apgd, fgsm, pgd, random_start, square, survivors
+from gmscale.evaluation.attacks.ball import direction
+from gmscale.evaluation.attacks.losses import cross_entropy, dlr
 from gmscale.evaluation.subject import OnPixels
 
 NORMS = ("linf", "l2")
 ULP = 1e-6
+OWN = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "square")  # without surrogates
 
 
 def length(change: Tensor, norm: str) -> Tensor:
@@ -81,6 +84,9 @@ def test_what_comes_back_is_an_image_within_eps(
     for attacked in (
         fgsm(model, pixels, labels, eps=eps, norm=norm),
         pgd(model, pixels, labels, start, eps=eps, norm=norm, steps=steps),
+        apgd(model, pixels, labels, start, eps=eps, norm=norm, steps=steps, loss=cross_entropy),
+        apgd(model, pixels, labels, start, eps=eps, norm=norm, steps=steps, loss=dlr),
+        square(model, pixels, labels, indices, eps=eps, norm=norm, queries=5 * steps, key=(seed, 0))[0],
     ):
         assert attacked.shape == pixels.shape
         assert attacked.min() >= 0
@@ -92,21 +98,24 @@ def test_what_comes_back_is_an_image_within_eps(
 def test_pgd_is_at_least_as_strong_as_fgsm(model: nn.Module, norm: str) -> None:
     pixels, labels, indices = samples()
     eps = 0.03 if norm == "linf" else 0.3
-    correct, after_fgsm = survivors(model, pixels, labels, indices, Attack(attack="fgsm", norm=norm, eps=eps), 0)
+    attack = Attack(attack="fgsm", norm=norm, eps=eps)
+    correct, after_fgsm, _ = survivors(model, pixels, labels, indices, attack, 0)
     attack = Attack(attack="pgd", norm=norm, eps=eps, steps=10)
-    _, after_pgd = survivors(model, pixels, labels, indices, attack, 0)
+    after_pgd = survivors(model, pixels, labels, indices, attack, 0).robust
     assert correct.sum() > 200
     assert after_pgd.sum() < after_fgsm.sum() < 0.5 * correct.sum()
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_robust_images_were_correct_and_restarts_leave_fewer(model: nn.Module, norm: str) -> None:
+@pytest.mark.parametrize("name", [name for name in OWN if name != "fgsm"])
+def test_robust_images_were_correct_and_restarts_leave_fewer(model: nn.Module, name: str, norm: str) -> None:
     pixels, labels, indices = samples()
     eps = 0.05 if norm == "linf" else 0.3
     left = []
     for restarts in (1, 2, 6):
-        attack = Attack(attack="pgd", norm=norm, eps=eps, steps=2, restarts=restarts)
-        correct, robust = survivors(model, pixels, labels, indices, attack, 0)
+        steps = 20 if name == "square" else 2
+        attack = Attack(attack=name, norm=norm, eps=eps, steps=steps, restarts=restarts)
+        correct, robust, _ = survivors(model, pixels, labels, indices, attack, 0)
         assert not (robust & ~correct).any()
         left.append(robust)
     assert not (left[1] & ~left[0]).any()
@@ -114,28 +123,33 @@ def test_robust_images_were_correct_and_restarts_leave_fewer(model: nn.Module, n
     assert left[2].sum() < left[0].sum()
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+@pytest.mark.parametrize("attack", OWN)
 def test_without_room_nothing_changes(model: nn.Module, attack: str) -> None:
     for norm in NORMS:
-        correct, robust = survivors(model, *samples(), Attack(attack=attack, norm=norm, eps=0, steps=2), 0)
+        correct, robust, _ = survivors(model, *samples(), Attack(attack=attack, norm=norm, eps=0, steps=2), 0)
         assert torch.equal(correct, robust)
         assert 0 < correct.sum() < 300  # some are wrong from the start
 
 
-def test_images_do_not_depend_on_their_batch(model: nn.Module) -> None:
+@pytest.mark.parametrize("name", [*OWN, "transfer"])
+def test_images_do_not_depend_on_their_batch(model: nn.Module, name: str) -> None:
     pixels, labels, indices = samples(60)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
     for norm in NORMS:
-        attack = Attack(attack="pgd", norm=norm, eps=0.03 if norm == "linf" else 0.3, steps=3, restarts=2)
-        _, whole = survivors(model, pixels, labels, indices, attack, 7)
-        parts = [survivors(model, pixels[o], labels[o], indices[o], attack, 7)[1] for o in order.split(7)]
-        assert torch.equal(torch.cat(parts), whole[order])
+        eps, steps = 0.03 if norm == "linf" else 0.3, 20 if name == "square" else 3
+        attack = Attack(attack=name, norm=norm, eps=eps, steps=steps, restarts=2)
+        whole = survivors(model, pixels, labels, indices, attack, 7, [model])
+        assert 0 < whole.robust.sum() < whole.correct.sum()
+        parts = [survivors(model, pixels[o], labels[o], indices[o], attack, 7, [model]) for o in order.split(7)]
+        assert torch.equal(torch.cat([part.robust for part in parts]), whole.robust[order])
+        assert torch.equal(torch.cat([part.queries for part in parts]), whole.queries[order])
 
 
-def test_the_model_is_left_as_it_is(model: nn.Module) -> None:
+@pytest.mark.parametrize("name", [*OWN, "transfer"])
+def test_the_model_is_left_as_it_is(model: nn.Module, name: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model[0].weight.grad = torch.full_like(model[0].weight, 7)
-    survivors(model, *samples(20), Attack(attack="pgd", eps=0.1, steps=2), 0)
+    survivors(model, *samples(20), Attack(attack=name, eps=0.1, steps=2), 0, [model])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert (model[0].weight.grad == 7).all()
     model[0].weight.grad = None
@@ -169,6 +183,13 @@ def test_the_gradient_of_a_confident_model_is_not_rounded_away() -> None:
     assert Confident()(pixels).diff().item() == pytest.approx(-26)
     moved = fgsm(Confident(), pixels, torch.tensor([0]), eps=0.1) - pixels
     assert moved.flatten().tolist() == pytest.approx([-0.1, -0.1])
+
+
+def test_a_gradient_whose_squares_are_zero_in_single_precision_has_a_direction() -> None:
+    gradient = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
+    for scale in (1.0, 1e-25, 1e-37):
+        assert torch.allclose(direction(scale * gradient, "l2"), gradient / 5)
+    assert direction(0 * gradient, "l2").tolist() == [[[[0, 0]]]]
 
 
 # ---- random starts -----------------------------------------------------------------------------------------------
@@ -214,13 +235,18 @@ def test_the_model_sees_of_pixels_what_it_sees_of_images(channels: int) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"attack": "pgdd"}, "--attack is 'pgdd'; expected one of fgsm, pgd; did you mean 'pgd'?"),
+        (
+            {"attack": "pgdd"},
+            "--attack is 'pgdd'; expected one of fgsm, pgd, apgd-ce, apgd-dlr, square, transfer; did you",
+        ),
         ({"norm": "l1"}, "--norm is 'l1'"),
         ({"eps": 1.5}, "--eps is 1.5; expected a number in [0, 1]"),
         ({"eps": -0.1, "norm": "l2"}, "--eps is -0.1"),
         ({"eps": math.nan}, "--eps is nan"),
         ({"steps": 0}, "--steps is 0"),
         ({"restarts": 0}, "--restarts is 0"),
+        ({"attack": "square", "steps": 0}, "--queries is 0; expected a whole number in [1, inf)"),
+        ({"images": 0}, "--attack_images is 0"),
     ],
 )
 def test_an_attack_that_cannot_be_is_refused(wrong: dict, said: str) -> None:
@@ -238,7 +264,7 @@ def test_a_ball_of_the_l2_norm_may_be_larger_than_one_pixel() -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_same_images_as_art_makes(model: nn.Module, norm: str) -> None:
-    pytest.importorskip("art")
+    pytest.importorskip("art", reason="needs gmscale[eval]")
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
@@ -261,3 +287,21 @@ def test_the_same_images_as_art_makes(model: nn.Module, norm: str) -> None:
     made = torch.from_numpy(theirs.generate(pixels.numpy(), F.one_hot(labels, 5).numpy()))
     ours = pgd(model, pixels, labels, torch.zeros_like(pixels), eps=eps, norm=norm, steps=10)
     assert torch.allclose(ours, made, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients")
+def test_the_same_images_as_captum_makes(model: nn.Module) -> None:
+    pytest.importorskip("captum", reason="needs gmscale[eval]")
+    from captum.robust import FGSM, PGD
+
+    pixels, labels, _ = samples(64)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    theirs = FGSM(model, loss, lower_bound=0.0, upper_bound=1.0).perturb(pixels.clone(), 0.05, labels)
+    assert torch.allclose(fgsm(model, pixels, labels, eps=0.05), theirs, atol=1e-5)
+    # with L2 it would take steps along the sign all the same
+    theirs = PGD(model, loss, lower_bound=0.0, upper_bound=1.0).perturb(pixels.clone(), 0.05, 0.0125, 10, labels)
+    ours = pgd(model, pixels, labels, torch.zeros_like(pixels), eps=0.05, steps=10)
+    assert torch.allclose(ours, theirs, atol=1e-5)

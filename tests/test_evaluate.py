@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 
 from gmscale import cli, scorecards
 from gmscale.data import ValLoader, val_loader
+from gmscale.errors import UsageError
+from gmscale.evaluation import command
 from gmscale.evaluation.command import main as evaluate
+from gmscale.evaluation.corruptions import FAMILIES
+from gmscale.evaluation.saliency.maps import METHODS
+from gmscale.evaluation.saliency.measurement import Saliency
 from gmscale.evaluation.scorecard import Scorecard
 from gmscale.evaluation.subject import spread
 from gmscale.parallel import World
@@ -84,28 +91,113 @@ def test_the_scorecard_says_what_was_measured_and_how(run: Path, capsys: pytest.
     assert [entry["sparsity"] for entry in card["pruning"]] == [0.5, 0.8]
     assert all(abs(entry["measured"] - entry["sparsity"]) < 1e-3 for entry in card["pruning"])
     how = {"norm": "linf", "eps": 8 / 255}
-    fgsm, pgd = ({key: value for key, value in entry.items() if key != "top1"} for entry in card["attacks"])
-    assert fgsm == {"attack": "fgsm", **how, "steps": 1, "restarts": 1}
-    assert pgd == {"attack": "pgd", **how, "steps": 2, "restarts": 2}
+    found = {"top1", "clean_top1"}
+    fgsm, pgd = ({key: value for key, value in entry.items() if key not in found} for entry in card["attacks"])
+    assert fgsm == {"attack": "fgsm", **how, "steps": 1, "restarts": 1, "images": None, "surrogate": ""}
+    assert pgd == {"attack": "pgd", **how, "steps": 2, "restarts": 2, "images": None, "surrogate": ""}
     assert all(0 <= entry["top1"] <= card["accuracy"]["top1"] for entry in card["attacks"])
     said = capsys.readouterr().out
     for words in (
-        "averaged weights of step 9, 25 images",
+        "averaged weights of step 9, 5 of 5 results to measure",
         "pruned by 80 %",
         "FGSM L-inf eps 8/255",
         "PGD L-inf eps 8/255, steps 2, restarts 2",
-        "White-box attacks alone do not prove robustness; see README.",
+        "only white-box ones were measured, which misleading gradients can defeat",
         str(run / "scorecard.json"),
     ):
         assert words in said
 
 
-def test_what_is_asked_for_by_default(run: Path, measured: list[Any]) -> None:
-    alone(run, "--limit", "2")
-    assert [type(what).__name__ for what in measured] == ["Accuracy", *["Pruning"] * 3, *["Attack"] * 2]
-    assert [what.sparsity for what in measured[1:4]] == [0.5, 0.8, 0.9]
-    assert measured[5].eps == 4 / 255
-    assert measured[5].steps == 10
+@pytest.mark.slow
+def test_by_default_everything_is_measured(run: Path, measured: list[Any]) -> None:
+    alone(run, "--limit", "8")
+    kinds = Counter(type(what).__name__ for what in measured)
+    assert kinds == {
+        "Accuracy": 1,
+        "Pruning": 16,
+        "Attack": 5,  # no baseline, so nothing to transfer from
+        "Corruption": len(FAMILIES),
+        "Saliency": len(METHODS),
+        "GradientQuality": 1,
+    }
+    card = card_of(run)
+    assert set(card) >= {"accuracy", "pruning", "attacks", "corruptions", "saliency", "quality"}
+    assert {entry["attack"] for entry in card["attacks"]} == {"fgsm", "pgd", "apgd-ce", "apgd-dlr", "square"}
+    page = (run / "scorecard.html").read_text()
+    assert "gmscale changes training gradients only" in page
+    assert len(json.loads((run / "gallery" / "gallery.json").read_text())) == 6
+    measured.clear()
+    alone(run, "--limit", "8")
+    assert measured == []
+
+
+@pytest.mark.slow
+def test_what_a_model_cannot_be_measured_on_is_left_out_of_everything_only(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+    def refuse(what: Saliency, subject: Any) -> Any:
+        raise UsageError("this model has no grid")
+
+    monkeypatch.setattr(Saliency, "measure", refuse)
+    monkeypatch.setattr(command, "write_gallery", lambda *arguments: None)
+    alone(run, "--limit", "4")
+    said = capsys.readouterr().out
+    assert said.count("this model has no grid") == len(METHODS)
+    assert "saliency" not in card_of(run)
+    with pytest.raises(UsageError, match="this model has no grid"):
+        alone(run, "--limit", "4", "--saliency", "log")
+
+
+def test_a_model_and_the_baseline_of_its_seed_meet_the_same_transferred_images(run: Path, tmp_path: Path) -> None:
+    """Images are made on a baseline of another seed where there is one; the baselines are measured too."""
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["run"]["seed"] += 1
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    model = Path(shutil.copytree(run, tmp_path / "model"))
+    ask = ["--attack", "transfer,pgd", "--steps", "2", "--no_page"]
+    alone(model, "--baseline", run, other, *ask)
+    cards = [card_of(path) for path in (model, run, other)]
+    transferred = [next(e for e in card["attacks"] if e["attack"] == "transfer") for card in cards]
+    assert all(entry["surrogate"] == cards[0]["sha256"][:12] for entry in transferred), (
+        "all weights are the same here"
+    )
+    assert {len(card["attacks"]) for card in cards} == {2}
+    # white-box images of the same weights: what transfers is as strong
+    assert transferred[0]["top1"] == next(e for e in cards[0]["attacks"] if e["attack"] == "pgd")["top1"]
+    assert not (tmp_path / "scorecards.html").exists()
+
+
+def test_several_models_share_a_page(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    alone(run, "--baseline", other, "--prune", "0.5")
+    page = (tmp_path / "scorecards.html").read_text()
+    assert "fewer than five seeds" in page
+    assert (run / "scorecard.json").exists()
+    assert (other / "scorecard.json").exists()
+    assert not (run / "scorecard.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--attack", "transfer"], "--attack transfer needs --baseline RUN"),
+        (["--finetune", "ten", "--prune", "0.5"], "--finetune is 'ten'"),
+        (["--folder", "imagenet-a"], "--folder is 'imagenet-a'; expected NAME=DIR"),
+        (["--corrupt", "frosty"], "frosty"),
+        (["--saliency", "gradcan"], "--saliency is 'gradcan'"),
+        (["--quality", "pol"], "--quality is 'pol'"),
+        (["--pairs", "1", "--quality", "pool"], "--pairs is 1"),
+        (["--baseline", "nowhere"], "nowhere is no directory"),
+        (["--real", "real.json"], "real.json"),
+    ],
+)
+def test_a_mistake_in_the_wider_options_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    assert said in error_of(capsys, run, *argv)
 
 
 def test_values_for_sweeps(run: Path) -> None:

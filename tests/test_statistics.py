@@ -1,12 +1,25 @@
 """Statistics against hand-computed values, and the words that may be said about them."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmscale.statistics import Paired, Summary, holm, paired_difference, summary, verdict
+from gmscale.statistics import (
+    Paired,
+    Summary,
+    bootstrap_interval,
+    equivalence,
+    equivalent,
+    holm,
+    not_worse,
+    paired_difference,
+    summary,
+    verdict,
+)
 
 
 def test_summary_uses_the_sample_standard_deviation() -> None:
@@ -105,3 +118,68 @@ def test_verdict(paired: Paired, adjusted_p: float | None, words: str) -> None:
 def test_a_run_that_diverged_is_not_comparable() -> None:
     paired = paired_difference([math.nan, 1, 2, 3, 4], [1, 2, 3, 4, 5])
     assert "not finite" in verdict(paired)
+
+
+def test_bootstrap_of_few_pairs_takes_every_resample() -> None:
+    values, baseline = [3.0, 5.0, 4.5, 9.0], [2.0, 2.5, 4.0, 4.0]
+    differences = [1.0, 2.5, 0.5, 5.0]
+    means = sorted(sum(taken) / 4 for taken in itertools.product(differences, repeat=4))
+    expected = np.quantile(means, [0.025, 0.975])
+    assert bootstrap_interval(values, baseline) == pytest.approx(tuple(expected))
+
+
+def test_bootstrap_of_many_pairs_is_near_the_t_interval() -> None:
+    values = np.random.default_rng(1).normal(2.0, 1.0, 200)
+    found, paired = (
+        bootstrap_interval(values.tolist(), [0.0] * 200),
+        paired_difference(values.tolist(), [0.0] * 200),
+    )
+    assert found == bootstrap_interval(values.tolist(), [0.0] * 200)  # the same each time
+    assert found == pytest.approx((paired.low, paired.high), abs=0.02)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-50, 50), min_size=3, max_size=8))
+def test_bootstrap_of_few_pairs_is_narrower_than_the_t_interval(differences: list[float]) -> None:
+    paired = paired_difference(differences, [0.0] * len(differences))
+    found = bootstrap_interval(differences, [0.0] * len(differences))
+    assert found is not None
+    assert min(differences) - 1e-9 <= found[0] <= found[1] <= max(differences) + 1e-9
+    if paired.low is not None and paired.high is not None:
+        assert found[1] - found[0] <= paired.high - paired.low + 1e-9
+
+
+def test_bootstrap_needs_two_finite_pairs() -> None:
+    assert bootstrap_interval([1.0], [0.0]) is None
+    assert bootstrap_interval([], []) is None
+    assert bootstrap_interval([1.0, math.nan], [0.0, 0.0]) is None
+    with pytest.raises(ValueError, match="equal lengths; got 2 and 1"):
+        bootstrap_interval([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "both", "higher", "lower"),
+    [
+        (-0.9, 0.9, 5, True, True, True),
+        (-0.9, 1.1, 5, False, True, False),
+        (-1.1, 0.9, 5, False, False, True),
+        (-1.0, 0.5, 5, False, False, True),  # the margin itself is too much
+        (-0.9, 0.9, 4, False, False, False),  # too few seeds
+        (None, None, 5, False, False, False),
+    ],
+)
+def test_equivalence_within_a_margin_of_one(
+    low: float | None, high: float | None, n: int, both: bool, higher: bool, lower: bool
+) -> None:
+    paired = Paired(n, 0.0, low, high, 0.5, 0.1)
+    assert equivalent(paired, 1.0) == both
+    assert not_worse(paired, 1.0) == higher
+    assert not_worse(paired, 1.0, higher_is_better=False) == lower
+
+
+def test_words_of_equivalence() -> None:
+    assert equivalence(Paired(5, 0.1, -0.4, 0.6, 0.5, 0.1), 1.0) == "equal within ±1 points"
+    better = Paired(5, 1.5, 0.4, 2.6, 0.01, 1.0)
+    assert equivalence(better, 1.0) == "not worse by 1 points"
+    assert equivalence(better, 1.0, higher_is_better=False) == "not shown to be equal within ±1 points"
+    assert equivalence(Paired(5, 0.1, -4.0, 4.2, 0.9, 0.1), 0.5) == "not shown to be equal within ±0.5 points"

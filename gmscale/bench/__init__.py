@@ -12,13 +12,14 @@ from gmscale.errors import UsageError, nearest
 _HELP = """\
 usage: gmscale bench WHAT ...
 
-  step    whole training steps: plain DDP, torch's hooks and our modes; ratios, bytes, memory
-  mask    the masking alone on the gradients of real models, as a share of what a memory copy reaches
-  comm    the same training steps over a link whose rate is limited (Linux, root)
-  plan    the step that gmscale plan predicts beside the measured one, over such links (Linux, root)
-  loop    whole training runs beside those of timm's and Accelerate's loops: images/s, start-up, memory
-  loader  input pipelines on the same JPEGs: images per CPU-second; a training's wait for data; the index at scale
-  sweep   a sweep beside its trials by hand; what its driver holds; the report of a thousand trials
+  step      whole training steps: plain DDP, torch's hooks and our modes; ratios, bytes, memory
+  mask      the masking alone on the gradients of real models, as a share of what a memory copy reaches
+  comm      the same training steps over a link whose rate is limited (Linux, root)
+  plan      the step that gmscale plan predicts beside the measured one, over such links (Linux, root)
+  loop      whole training runs beside those of timm's and Accelerate's loops: images/s, start-up, memory
+  loader    input pipelines on the same JPEGs: images per CPU-second; a training's wait for data; the index at scale
+  evaluate  an evaluation beside a loop as in timm's validate.py: images/s
+  sweep     a sweep beside its trials by hand; what its driver holds; the report of a thousand trials
 
 gmscale bench WHAT --help explains the options."""
 
@@ -89,6 +90,12 @@ def _loop(argv: list[str]) -> int:
     return loop(argv)
 
 
+def _evaluate(argv: list[str]) -> int:
+    from gmscale.bench.evaluation import main as evaluate
+
+    return evaluate(argv)
+
+
 def _sweep(argv: list[str]) -> int:
     from gmscale.bench.sweep import main as sweep
 
@@ -102,5 +109,6 @@ _BENCHES: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "loop": _loop,
     "loader": _loader,
+    "evaluate": _evaluate,
     "sweep": _sweep,
 }

@@ -23,7 +23,7 @@ _EXTRAS = {
     "interop": ("accelerate", "lightning"),
     "export": ("onnx", "onnxscript", "onnxruntime", "huggingface_hub"),
     "sweep": ("ray", "optuna"),
-    "eval": ("captum", "torch-pruning", "adversarial-robustness-toolbox"),
+    "eval": ("torch-pruning",),
 }
 _OLDEST_TORCH = (2, 8)
 _TIMEOUT_S = 120

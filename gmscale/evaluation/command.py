@@ -1,227 +1,175 @@
-"""The command line of gmscale evaluate: a run's model, measured after training."""
+"""The command line of gmscale evaluate: models measured one after another, and one page about them."""
 
-import argparse
-import hashlib
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from gmscale import data, parallel, scorecards
-from gmscale.config import ParallelConfig, TrainConfig
-from gmscale.data import StreamValLoader, ValLoader
-from gmscale.data.config import without_secrets
-from gmscale.errors import OneLineParser, UsageError, check_choice, check_range
-from gmscale.evaluation.accuracy import Accuracy
-from gmscale.evaluation.attacks import ATTACKS, NORMS, Attack
+from gmscale import parallel, robustness, scorecards
+from gmscale.data import StreamValLoader
+from gmscale.errors import UsageError
+from gmscale.evaluation import options
+from gmscale.evaluation.attacks import Attack
 from gmscale.evaluation.measurement import Measurement
-from gmscale.evaluation.pruning import Pruning
+from gmscale.evaluation.opening import Opened, group_of, opened
+from gmscale.evaluation.options import Request, home
+from gmscale.evaluation.saliency.gallery import NAME as GALLERY
+from gmscale.evaluation.saliency.gallery import write_gallery
+from gmscale.evaluation.saliency.measurement import Saliency
 from gmscale.evaluation.scorecard import Scorecard, entry_of
-from gmscale.evaluation.subject import Subject, spread
+from gmscale.evaluation.subject import Subject
 from gmscale.parallel import World
 from gmscale.progress import Meter
-from gmscale.report import load_run
+from gmscale.report import write_scorecards
 from gmscale.tracking import plain_console
-from gmscale.trained import Trained, load
-
-_DESCRIPTION = """\
-Measure a finished run's model on its validation split: accuracy, accuracy after pruning its smallest weights, and
-under attack. Results go to RUN/scorecard.json; those that are there already are not measured again. Without --prune
-and --attack both are measured, at 0.5,0.8,0.9 and with fgsm,pgd; with one of them only that."""
-_PRUNE, _ATTACK = "0.5,0.8,0.9", "fgsm,pgd"
-_HONESTY = "White-box attacks alone do not prove robustness; see README."
 
 InWorld = Callable[[Any, Callable[[Any], int]], int]
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What was asked for."""
-
-    run_dir: Path
-    checkpoint: str
-    weights: str
-    measurements: Sequence[Measurement]
-    limit: int | None
-    batch_size: int | None
-    cache_dir: str | None
-    out: Path
-
-
 def main(argv: list[str], in_world: InWorld) -> int:
-    """Measure a run and show its scorecard; `in_world` runs a function in the process group."""
-    request = _request(argv)
-    run = load_run(request.run_dir)
-    if run.summary is None:
-        raise UsageError(f"{request.run_dir} has not finished (no summary.json); train it to its end first")
-    if request.weights == "auto":
-        request = replace(request, weights="ema" if run.setting("model.ema_decay", 0) else "model")
+    """Measure what is asked for, show it and write the page; `in_world` runs a function in the process group."""
+    request = options.parse(argv)
+    groups = [group_of(name) for name in (*request.models, *request.baselines)]
     # every rank has the whole model, however it was trained
-    group = ParallelConfig(
-        threads=run.setting("parallel.threads", ParallelConfig.threads),
-        timeout_s=run.setting("parallel.timeout_s", ParallelConfig.timeout_s),
-    )
-    return in_world(group, lambda world: _evaluate(request, world))
+    return in_world(groups[0], lambda world: _Evaluation(request, world).run())
 
 
-def _request(argv: list[str]) -> _Request:
-    parser = OneLineParser(
-        prog="gmscale evaluate", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", help="Run directory of a finished run.")
-    add("--prune", metavar="SHARES", help="Shares of the weights to remove, such as 0.5,0.8,0.9.")
-    add("--attack", metavar="NAMES", help="fgsm, pgd or both, such as fgsm,pgd.")
-    add("--eps", default="4/255", help="Radius of attacks on pixels in [0, 1]; default 4/255.")
-    add("--norm", default="linf", help="Norm of that radius: linf (default) or l2.")
-    add("--steps", type=int, default=10, help="pgd: steps, each of 2.5 eps / steps; default 10.")
-    add("--restarts", type=int, default=1, help="pgd: random starts, all of which must fail; default 1.")
-    add("--limit", type=int, metavar="N", help="Take N images, evenly spread over the split.")
-    add("--checkpoint", default="last", help="last (default), best (by validation top1), or a step.")
-    add("--weights", default="auto", help="model, ema, or auto (default): the averaged ones if there are any.")
-    add("--batch_size", type=int, metavar="B", help="Images of a batch; default data.eval_batch_size_per_device.")
-    add("--cache_dir", help="Another data.cache_dir than the run's.")
-    add("--out", type=Path, metavar="FILE", help=f"Another file than RUN/{scorecards.NAME}.")
-    options = parser.parse_args(argv)
-    for name in ("limit", "batch_size"):
-        if getattr(options, name) is not None:
-            check_range(getattr(options, name), f"--{name}", 1, whole=True)
-    check_choice(options.weights, ("auto", "model", "ema"), "--weights")
-    out = options.out or Path(options.run) / scorecards.NAME
-    if options.out and not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: there is no directory {out.parent}")
-    return _Request(
-        run_dir=Path(options.run),
-        checkpoint=options.checkpoint,
-        weights=options.weights,
-        measurements=_measurements(options),
-        limit=options.limit,
-        batch_size=options.batch_size,
-        cache_dir=options.cache_dir,
-        out=out,
-    )
+@dataclass
+class _Evaluation:
+    """The models of one command."""
 
+    request: Request
+    world: World
+    console: Console = field(default_factory=plain_console)
+    _surrogates: dict[str, Opened] = field(default_factory=dict)
 
-def _measurements(options: argparse.Namespace) -> list[Measurement]:
-    if options.prune is None and options.attack is None:
-        options.prune, options.attack = _PRUNE, _ATTACK
-    shares = [_number(word, "--prune") for word in (options.prune or "").split(",") if options.prune is not None]
-    names = [word.strip() for word in (options.attack or "").split(",") if options.attack is not None]
-    check_choice(options.norm, NORMS, "--norm")
-    eps = _number(options.eps, "--eps")
-    attacks = []
-    for name in names:
-        check_choice(name, ATTACKS, "--attack")
-        # checked for fgsm too, which does without them
-        asked = Attack(attack="pgd", norm=options.norm, eps=eps, steps=options.steps, restarts=options.restarts)
-        attacks.append(asked if name == "pgd" else replace(asked, attack=name, steps=1, restarts=1))
-    return list(dict.fromkeys([Accuracy(), *map(Pruning, shares), *attacks]))
+    def run(self) -> int:
+        began = time.monotonic()
+        names = [*self.request.baselines, *self.request.models]
+        for name in names:
+            self._one(name)
+        if self.world.is_main:
+            if self.request.page is not None:
+                cards, baselines = (
+                    [self._card_path(name) for name in group]
+                    for group in (self.request.models, self.request.baselines)
+                )
+                self._say(f"page: {write_scorecards(cards, baselines, self.request.page)}")
+            self._say(f"{len(names)} {'model' if len(names) == 1 else 'models'}, {time.monotonic() - began:.0f} s")
+        return 0
 
-
-def _number(word: str, name: str) -> float:
-    try:
-        return float(Fraction(word.strip()))
-    except (ValueError, ZeroDivisionError):
-        raise UsageError(f"{name} is {word!r}; expected a number such as 0.8 or 4/255") from None
-
-
-def _evaluate(request: _Request, world: World) -> int:
-    trained, config, loader, limit = _open(request, world)
-    torch.set_float32_matmul_precision(config.run.matmul_precision)
-    model = trained.model.requires_grad_(False).to(world.device)
-    if config.model.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    subject = Subject(model, config, loader, world, trained.classes)
-    card, missing = None, list(request.measurements)
-    with parallel.together(world):
-        if world.is_main:
-            card = Scorecard(request.out, _about(trained, limit))
-            missing = [what for what in missing if not card.has(what)]
-    missing = parallel.of_all_ranks(missing, world)[0]
-    console = plain_console()
-    for number, what in enumerate(missing, 1):
-        world.heartbeat.at("evaluation")
+    def _one(self, name: str) -> None:
+        found = opened(name, self.request.source, self.world)
+        torch.set_float32_matmul_precision(found.config.run.matmul_precision)
+        subject = Subject(_ready(found, self.world), found.config, found.loader, self.world, found.classes)
+        asked = list(self._asked(found))
+        surrogate = self._surrogate(found) if any(map(_is_transfer, asked)) else None
+        if surrogate is not None:
+            subject = replace(subject, surrogates=(_ready(surrogate, self.world),))
+            digest = str(surrogate.about["sha256"])[:12]
+            asked = [replace(what, surrogate=digest) if _is_transfer(what) else what for what in asked]  # type: ignore[call-arg]
+        card, missing = None, asked
+        with parallel.together(self.world):
+            if self.world.is_main:
+                self._card_path(name).parent.mkdir(parents=True, exist_ok=True)
+                card = Scorecard(self._card_path(name), found.about)
+                missing = [what for what in asked if not card.has(what)]
+                self._say(f"{name}: {_which(card.content)}, {len(missing)} of {len(asked)} results to measure")
+        missing = parallel.of_all_ranks(missing, self.world)[0]
+        left_out = self._measure(subject, card, missing)
+        self._draw_gallery(name, subject, asked, anew=any(isinstance(what, Saliency) for what in missing))
         if card is not None:
-            console.print(f"[{number}/{len(missing)}] {what.words}", markup=False, highlight=False)
-        with _progress(what, world) as progress:
-            found = what.measure(replace(subject, progress=progress))
-        with parallel.together(world):
-            if card is not None:
-                card.add(what, found)
-    if card is not None:
-        lines: list[str | Table] = [f"{request.run_dir}: {_which(card.content)}"]
-        lines += _tables(card.content, request.measurements)
-        lines += [*([_HONESTY] if card.content.get("attacks") else []), str(request.out)]
-        for line in lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return 0
+            for table in _tables(card.content, [what for what in asked if what not in left_out]):
+                self._say(table)
+            for sentence in robustness.warnings(card.content.get("attacks", [])):
+                self._say(sentence)
+            self._say(str(self._card_path(name)))
+
+    def _asked(self, found: Opened) -> Iterator[Measurement]:
+        """Yield what this model is measured on: of everything, what it can be."""
+        for what in self.request.measurements:
+            if self.request.everything and what.trains and "model" in found.about:
+                continue  # a model without a run comes with images to be measured on alone
+            if _is_transfer(what) and self._surrogate(found) is None:
+                continue  # the only baseline, measured for itself
+            if self.request.everything and isinstance(found.loader, StreamValLoader) and hasattr(what, "images"):
+                what = replace(what, images=None)  # type: ignore[call-arg]  # a stream is read as a whole
+            yield what
+
+    def _measure(
+        self, subject: Subject, card: Scorecard | None, missing: Sequence[Measurement]
+    ) -> list[Measurement]:
+        """Measure and keep; return what of everything could not be measured of this model."""
+        left_out: list[Measurement] = []
+        for number, what in enumerate(missing, 1):
+            self.world.heartbeat.at("evaluation")
+            self._say(f"[{number}/{len(missing)}] {what.words}")
+            try:
+                with _progress(what, self.world) as progress:
+                    values = what.measure(replace(subject, progress=progress))
+            except UsageError as error:
+                if not self.request.everything:
+                    raise
+                self._say(f"left out: {what.words}: {error}")
+                left_out.append(what)
+                continue
+            with parallel.together(self.world):
+                if card is not None:
+                    card.add(what, values)
+        return left_out
+
+    def _surrogate(self, found: Opened) -> Opened | None:
+        """Return the baseline that attacks on this model are made on: of another seed where there is one.
+
+        So a model and the baseline of its seed meet the same images; None if there is no other baseline.
+        """
+        others = [name for name in self.request.baselines if name != found.name]
+        for name in others:
+            if name not in self._surrogates:
+                self._surrogates[name] = opened(name, self.request.source, self.world)
+            other = self._surrogates[name]
+            if other.config.data.image_size != found.config.data.image_size or len(other.classes) != len(
+                found.classes
+            ):
+                raise UsageError(
+                    f"{name} has other images or classes than {found.name}; expected a --baseline of its task"
+                )
+            if other.about["seed"] != found.about["seed"]:
+                return other
+        return self._surrogates[others[0]] if others else None
+
+    def _draw_gallery(self, name: str, subject: Subject, asked: Sequence[Measurement], *, anew: bool) -> None:
+        folder = self._card_path(name).parent / "gallery"
+        methods = [what.method for what in asked if isinstance(what, Saliency)]
+        here = parallel.of_all_ranks((folder / GALLERY).exists(), self.world)[0]
+        if self.request.gallery and methods and (anew or not here):
+            self._say(f"gallery of {self.request.gallery} images")
+            write_gallery(subject, folder, methods, self.request.gallery, self.request.boxes)
+
+    def _card_path(self, name: str) -> Path:
+        return self.request.out or home(name) / scorecards.NAME
+
+    def _say(self, what: str | Table) -> None:
+        if self.world.is_main:
+            self.console.print(what, highlight=False, markup=False, soft_wrap=True)
 
 
-class _Opened(NamedTuple):
-    """What is measured; `limit` is None where all images are."""
-
-    trained: Trained
-    config: TrainConfig
-    loader: ValLoader | StreamValLoader
-    limit: int | None
+def _ready(found: Opened, world: World) -> nn.Module:
+    model = found.model.requires_grad_(False).to(world.device)
+    return model.to(memory_format=torch.channels_last) if found.config.model.channels_last else model
 
 
-def _open(request: _Request, world: World) -> _Opened:
-    """Return the model and the images; a collective."""
-
-    def open_both() -> _Opened:
-        trained = load(request.run_dir, request.checkpoint, request.weights)
-        section = trained.config.data
-        section = replace(
-            section,
-            cache_dir=request.cache_dir or section.cache_dir,
-            eval_batch_size_per_device=request.batch_size or section.eval_batch_size_per_device,
-        )
-        config = replace(trained.config, data=section)
-        loader = data.val_loader(section, world.rank, world.size)
-        if request.limit is None:
-            return _Opened(trained, config, loader, None)
-        if isinstance(loader, StreamValLoader):
-            raise UsageError("--limit needs data.access index; this run's is stream")
-        if request.limit >= len(loader.index):
-            return _Opened(trained, config, loader, None)
-        part = spread(loader.index, request.limit)
-        return _Opened(trained, config, ValLoader(part, section, world.rank, world.size), request.limit)
-
-    # the first may put sharded weights together, and the first of each node build the embedded set
-    turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
-    for now in range(3):
-        with parallel.together(world):
-            if now == turn:
-                opened = open_both()
-    return opened
-
-
-def _about(trained: Trained, limit: int | None) -> dict[str, Any]:
-    """Return what all results of a scorecard have in common."""
-    config, name = trained.config, f"step-{trained.step:08d}"
-    weights = "model_ema" if trained.averaged else "model"
-    with open(trained.run.path / "checkpoints" / name / f"{weights}.safetensors", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "checkpoint": name,
-        "step": trained.step,
-        "weights": "ema" if trained.averaged else "model",
-        "sha256": digest,
-        "settings": {
-            "source": without_secrets(config.data.source),
-            "val_split": config.data.val_split,
-            "limit": limit,
-        },
-        "seed": config.run.seed,
-    }
+def _is_transfer(what: Measurement) -> bool:
+    return isinstance(what, Attack) and what.attack == "transfer"
 
 
 @contextmanager
@@ -235,11 +183,11 @@ def _progress(what: Measurement, world: World) -> Iterator[Callable[[int, int], 
 
 
 def _tables(card: Mapping[str, Any], measurements: Sequence[Measurement]) -> Iterator[Table]:
-    """Yield one table a section of what was asked for."""
-    by_section: defaultdict[str, list[Measurement]] = defaultdict(list)
+    """Yield one table a section and kind of measurement."""
+    by_kind: defaultdict[tuple[str, str], list[Measurement]] = defaultdict(list)
     for what in measurements:
-        by_section[what.section].append(what)
-    for section, asked in by_section.items():
+        by_kind[what.section, type(what).__name__].append(what)
+    for (section, _), asked in by_kind.items():
         table = Table(box=SIMPLE)
         table.add_column(section, no_wrap=True)
         for heading, _ in asked[0].shown.values():
@@ -254,4 +202,6 @@ def _tables(card: Mapping[str, Any], measurements: Sequence[Measurement]) -> Ite
 
 def _which(card: Mapping[str, Any]) -> str:
     averaged = "averaged" if card["weights"] == "ema" else "plain"
-    return f"{averaged} weights of step {card['step']}, {card['samples']} images"
+    return (
+        f"{averaged} weights of {'step ' + str(card['step']) if card['step'] is not None else card['checkpoint']}"
+    )

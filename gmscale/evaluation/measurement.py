@@ -21,6 +21,11 @@ class Measurement(ABC):
     def words(self) -> str:
         """What is measured, in a few words for people."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether it needs the training split."""
+        return False
+
     @abstractmethod
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return what is found, as JSON values, the same on every rank; a collective."""

@@ -113,8 +113,8 @@ def _sizes(config: TrainConfig, *, free: bool, most: int) -> list[int]:
     sizes = divisors(images, even=config.augment.takes_pairs)
     if not sizes:
         raise UsageError(
-            f"augment.mixup, cutmix and guided_mix mix pairs, and {images} images a device and step have no even part; "
-            "change data.batch_size_per_device or optim.grad_accum_steps"
+            f"augment.mixup, cutmix and guided_mix mix pairs, and {images} images a device and step have no even "
+            "part; change data.batch_size_per_device or optim.grad_accum_steps"
         )
     return sizes
 

@@ -19,6 +19,7 @@ usage: gmscale shards WHAT ...
   build    write webdataset shards from a folder of images, or from other shards
   verify   find every fault of shards, at the level of headers and labels or (--full) of hashes and pixels
   info     what shards hold: samples, classes, sizes
+  crop     new shards, in which each image is cut to what a trained model looks at
 
 gmscale shards WHAT --help explains the options."""
 
@@ -198,4 +199,49 @@ def _shards_parser(command: str, description: str) -> OneLineParser:
     return parser
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"build": _build, "verify": _verify, "info": _info}
+_CROP = """\
+Write a split of shards anew, each image cut to a square: where the saliency of a finished run's model for the
+image's own class is highest in sum or, with --guide random, the control, at a random place with equal sizes. The
+pixels are the original's, encoded as JPEG; the sample's .json says what was cut, and a box in it moves along.
+Training on them needs a validation split beside them: gmscale shards build SOURCE OUT --split validation."""
+
+
+def _crop(argv: list[str]) -> int:
+    from gmscale.shards.crop import GUIDES, METHODS, Options, crop
+
+    parser = OneLineParser(
+        prog="gmscale shards crop", description=_CROP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", type=Path, help="run directory with the model that says where to look")
+    add("out", metavar="OUT", type=Path, help="directory for the shards")
+    add("--source", metavar="DIR", help="directory of the shards to cut (default: the run's data.source)")
+    add("--split", help="split to cut (default: the run's data.train_split)")
+    add("--guide", default=Options.guide, help=f"{' or '.join(GUIDES)} (default: %(default)s)")
+    add("--method", default=Options.method, help=f"of {', '.join(METHODS)} (default: %(default)s)")
+    add("--scale", default="0.4,0.9", metavar="LOW,HIGH", help="area of a crop as a share (default: %(default)s)")
+    add("--seed", type=int, default=Options.seed, help="of sizes and random places (default: %(default)s)")
+    add("--checkpoint", default=Options.checkpoint, help="last, best or a step (default: %(default)s)")
+    add("--weights", default=Options.weights, help="model, ema or auto (default: %(default)s)")
+    add("--batch_size", type=int, default=Options.batch_size, metavar="B", help="default: %(default)s")
+    given = vars(parser.parse_args(argv))
+    try:
+        low, high = (float(word) for word in given.pop("scale").split(","))
+    except ValueError:
+        raise UsageError("--scale expects two shares of an area, such as 0.4,0.9") from None
+    options = Options(**given, scale=(low, high))
+    try:
+        samples, bad = crop(options)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"gmscale shards crop: stopped; the same command goes on with {options.out}", file=sys.stderr)
+        raise
+    print(f"{samples:,} samples in {options.out}" + (f"; {bad} bad ones left out" if bad else ""))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "build": _build,
+    "verify": _verify,
+    "info": _info,
+    "crop": _crop,
+}

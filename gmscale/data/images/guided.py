@@ -54,7 +54,10 @@ def guide(
     """
     drawn = Guided(*(part.to(images.device, non_blocking=True) for part in drawn))
     size = images.shape[-1]
-    tops, lefts = _crops(drawn, saliency, size)
+    if saliency is None:
+        tops, lefts = (drawn.places[:, :2] * (size - drawn.crop + 1)[:, None]).long().unbind(1)
+    else:
+        tops, lefts = best_squares(saliency, drawn.crop)
     images, saliency = _cut(images, saliency, tops, lefts, drawn.crop)
     if not bool(drawn.patch.any()):
         return images, targets
@@ -63,16 +66,16 @@ def guide(
     return images, mix_labels(targets, mix, classes)
 
 
-def _crops(drawn: Guided, saliency: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Return the first row and column of each crop, int64 [N]."""
-    if saliency is None:
-        free = (size - drawn.crop + 1)[:, None]
-        tops, lefts = (drawn.places[:, :2] * free).long().unbind(1)
-        return tops, lefts
+def best_squares(saliency: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first row and column, int64 [N], of the square with most of each map [N, S, S], of its own side.
+
+    `sides` is int64 [N], from 1 to S.
+    """
+    size = saliency.shape[-1]
     # sums over all squares of a side at once, from sums over the rectangles that begin in the corner
     sums = F.pad(saliency.double().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
     begin = torch.arange(size, device=saliency.device)
-    end = begin + drawn.crop[:, None]
+    end = begin + sides[:, None]
     fits = end <= size
     ends = end.clamp(max=size)
 

@@ -1,5 +1,6 @@
 """Encoded images -> uint8 pixels of one size: randomly varied for training, fixed for evaluation."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -93,6 +94,18 @@ class EvalTransform:
         for step in self._steps:
             image = step(image)
         out[:] = np.asarray(image)
+
+
+def eval_geometry(size: tuple[int, int], data: DataConfig) -> tuple[tuple[float, float], tuple[int, int]]:
+    """Return scale and corner of what EvalTransform shows of an image of `size` width, height.
+
+    A point (x, y) of the image is at (x, y) * scale - corner in the view.
+    """
+    shorter = math.floor(data.image_size / data.crop_pct)
+    # rounded as torchvision does
+    resized = [shorter if length == min(size) else int(shorter * length / min(size)) for length in size]
+    scale = resized[0] / size[0], resized[1] / size[1]
+    return scale, (round((resized[0] - data.image_size) / 2), round((resized[1] - data.image_size) / 2))
 
 
 class Assembly(Protocol):
