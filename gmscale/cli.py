@@ -155,7 +155,7 @@ usage: gmscale COMMAND ...
   train     train one run                        gmscale train --config configs/quickstart.yaml
   compare   no mask, the mask and a random mask of equal density, at equal seeds
   sweep     many trials over any settings, with controls and a winner confirmed on fresh seeds
-  evaluate  a finished run's accuracy, also after pruning and under attack
+  evaluate  the scorecard of trained models: accuracy, pruned, attacked, corrupted, where they look
   launch    start training on this node of several, as launch/torchrun.sh and slurm/ do
   report    write one HTML page about runs       gmscale report runs/quickstart
   find      the batch size that fits and is fastest; a range test of the learning rate

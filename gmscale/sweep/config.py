@@ -184,7 +184,7 @@ class SweepConfig:
         attacks = [name for name in ("fgsm", "pgd") if f"{name}_top1" in self.objectives]
         if attacks:
             found += ["--attack", ",".join(attacks), "--eps", str(self.eps)]
-        return tuple(found)
+        return (*found, "--no_page") if found else ()
 
 
 def _check_distinct(values: Sequence[Any], name: str) -> None:

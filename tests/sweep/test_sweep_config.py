@@ -207,7 +207,8 @@ def test_what_is_measured_after_training_follows_the_objectives() -> None:
     sweep = SweepConfig(
         space=SPACE, objectives=["top1", "pgd_top1", "pruned_top1", "fgsm_top1"], prune=0.9, eps=0.1
     )
-    assert sweep.evaluation() == ("--prune", "0.9", "--attack", "fgsm,pgd", "--eps", "0.1")
+    asked = ("--prune", "0.9", "--attack", "fgsm,pgd", "--eps", "0.1", "--no_page")
+    assert sweep.evaluation() == asked
     assert SweepConfig(space=SPACE, objectives=["top5", "best_top1"]).evaluation() == ()
 
 
