@@ -65,6 +65,8 @@ class SweepConfig:
     control out, and with it any claim that a mask helps."""
     random_mask: bool = True
     """Train the control with a random mask of equal density too: the base's, and that of whatever is confirmed."""
+    random_twins: bool = False
+    """Train the random mask of equal density of every configuration in the search. grid and random."""
     confirm_seeds: int = 5
     """Fresh seeds on which the best configurations and their controls are trained after the search; 0 is off, and
     leaves a best trial but no winner."""
@@ -145,6 +147,11 @@ class SweepConfig:
             raise UsageError(
                 f"sweep.seeds is {self.seeds}, but {name} tries each configuration once; set it to 1 "
                 f"(sweep.confirm_seeds gives fresh seeds to the best)"
+            )
+        if self.random_twins and self.search not in ("grid", "random"):
+            raise UsageError(
+                f"sweep.random_twins is true, but search {self.search} finds its configurations as it goes; take "
+                "search grid or random"
             )
         if self.search in ("tpe", "nsga2"):
             for name, domain in domains.items():

@@ -17,8 +17,12 @@ def search(base: TrainConfig, sweep: SweepConfig) -> list[Trial]:
     configurations = list(_controls(base, sweep))
     if sweep.search not in ADAPTIVE:
         domains = sweep.domains
-        points = space.grid(domains) if sweep.search == "grid" else space.sample(domains, sweep.trials, sweep.seed)
+        drawn = space.grid(domains) if sweep.search == "grid" else space.sample(domains, sweep.trials, sweep.seed)
+        points = list(drawn)
         configurations += [(MASK, point) for point in points]
+        if sweep.random_twins:
+            twins = [(RANDOM, random_twin(base, point)) for point in points]
+            configurations += [twin for twin in twins if twin not in configurations]
     seeds = range(base.run.seed, base.run.seed + sweep.seeds)
     return [
         Trial(number, "search", arm, settings, seed)

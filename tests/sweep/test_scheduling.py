@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from gmscale.config import RunConfig, TrainConfig
+from gmscale.errors import UsageError
 from gmscale.sweep import planning, resources, scheduling
 from gmscale.sweep.config import SweepConfig
-from gmscale.trials import MASK, Record, Result, Trial
+from gmscale.trials import MASK, RANDOM, Record, Result, Trial
 
 BASE = TrainConfig(run=RunConfig(epochs=9.0))
 ASHA = SweepConfig(space={"mask.strength": [0.5, 1.0]}, scheduler="asha", reduction_factor=3, trials=2)
@@ -84,3 +85,15 @@ def test_seeds_of_the_confirmation_are_fresh_also_after_a_search_of_many_seeds()
     confirmed = {one.seed for one in planning.confirmation(BASE, sweep, records)}
     assert confirmed
     assert confirmed.isdisjoint(record.trial.seed for record in records.values())
+
+
+def test_every_configuration_may_have_its_random_twin_from_the_start() -> None:
+    grid = {"mask.strength": [0.5, 1.0], "mask.error_feedback": [True, False]}
+    sweep = SweepConfig(space=grid, search="grid", no_mask_lr=[1], random_twins=True, seeds=2)
+    trials = planning.search(BASE, sweep)
+    of_arm = {arm: [dict(t.settings) for t in trials if t.arm == arm and t.seed == 0] for arm in (MASK, RANDOM)}
+    twin = {"mask.operator": "random", "mask.random_like": "pool"}
+    assert [settings | twin for settings in of_arm[MASK]] == of_arm[RANDOM][1:]
+    assert of_arm[RANDOM][0] == twin, "that of the base comes first"
+    with pytest.raises(UsageError, match=r"sweep\.random_twins"):
+        SweepConfig(space=grid, search="tpe", random_twins=True)
