@@ -187,6 +187,14 @@ def test_several_models_share_a_page(run: Path, tmp_path: Path) -> None:
     ("argv", "said"),
     [
         (["--attack", "transfer"], "--attack transfer needs --baseline RUN"),
+        (["--attack", "fgsm", "--eps", "1e400"], "--eps is '1e400'"),
+        (["--attack", "pgd", "--norm", "l2"], "--norm l2 needs --eps"),
+        (["--prune", "0.5", "--eps", "0.1"], "--eps says how --attack is measured"),
+        (["--finetune", "5"], "--finetune says how --prune is measured"),
+        (["--folder", "a=.", "--folder", "a=.."], "--folder a is given twice"),
+        (["--out", "."], "--out . is a directory"),
+        (["--page", "."], "--page . is a directory"),
+        (["--out", "card.html"], "card.html would be both the scorecard and the page"),
         (["--finetune", "ten", "--prune", "0.5"], "--finetune is 'ten'"),
         (["--folder", "imagenet-a"], "--folder is 'imagenet-a'; expected NAME=DIR"),
         (["--corrupt", "frosty"], "frosty"),
@@ -201,6 +209,65 @@ def test_a_mistake_in_the_wider_options_is_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], argv: list[str], said: str
 ) -> None:
     assert said in error_of(capsys, run, *argv)
+
+
+def test_a_model_is_no_baseline_of_itself_in_another_spelling(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    assert "is given as a model and as its own --baseline" in error_of(capsys, run, "--baseline", "./run/")
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [["--folder", "x=folder"], ["--real", "file"], ["--saliency", "log", "--boxes", "file"], ["--boxes", "file"]],
+)
+def test_what_does_not_fit_the_model_is_found_before_anything_is_measured(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "no class of these").mkdir(parents=True)
+    (tmp_path / "file").write_text("{")
+    with pytest.raises(UsageError):
+        alone(run, *mistake)
+    assert not (run / "scorecard.json").exists()
+
+
+def test_a_mistake_about_the_last_model_is_found_before_the_first_is_measured(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    alone(other, "--limit", "4", "--attack", "fgsm", "--no_page")
+    with pytest.raises(UsageError, match="limit"):
+        alone(run, other, "--attack", "fgsm")
+    assert not (run / "scorecard.json").exists()
+
+
+def test_no_result_is_said_to_be_of_more_images_than_there_are(run: Path, cache: Path) -> None:
+    alone(run, "--attack", "fgsm", "--attack_images", "500", "--no_page")
+    assert card_of(run)["attacks"][0]["images"] is None
+
+
+def test_a_stream_is_read_as_a_whole_and_has_no_gallery(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["access"] = "stream"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    alone(run, "--saliency", "gradient")
+    assert card_of(run)["saliency"][0]["images"] is None
+    assert "no gallery" in capsys.readouterr().out
+    assert (run / "scorecard.html").exists()
+    assert not (run / "gallery").exists()
+    with pytest.raises(UsageError, match="a part of the images needs data"):
+        alone(run, "--attack", "fgsm", "--attack_images", "5")
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**arguments: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(command, "TemporaryFile", refuse)
+    with pytest.raises(
+        UsageError, match=r"no scorecard can be written in .*: Permission denied; name another file"
+    ):
+        alone(run, "--attack", "fgsm")
 
 
 def test_values_for_sweeps(run: Path) -> None:

@@ -126,6 +126,11 @@ def test_an_exported_folder_is_the_run(finished_run: Path, exported: Path, shard
     assert found.about["settings"]["image_size"] == tiny.IMAGE_SIZE
 
 
+def test_a_folder_has_no_other_checkpoint(exported: Path, shards: str) -> None:
+    with pytest.raises(UsageError, match=r"--checkpoint is for a run or a timm model's name; .* its own weights"):
+        opened(str(exported), Source(source=shards, checkpoint="best"), tiny.ALONE)
+
+
 def test_a_file_of_weights_with_a_models_name(finished_run: Path, weights: Path, shards: str) -> None:
     found = open_alone("test_byobnet", checkpoint=str(weights), source=shards, image_size=tiny.IMAGE_SIZE)
     assert same_weights(found, finished_run, "ema")

@@ -138,7 +138,7 @@ def test_pointing_is_the_distance_of_the_largest_pixels(seed: int, tolerance: fl
     maps, boxes = maps_of(seed), boxes_of(seed)
     expected = []
     for own, (x0, y0, x1, y1) in zip(maps.numpy(), boxes.tolist(), strict=True):
-        rows, columns = np.nonzero(own == own.max())
+        rows, columns = np.nonzero(own >= (1 - 1e-5) * own.max())  # the largest, but for rounding
         far = [
             math.hypot(max(x0 - c - 0.5, c + 0.5 - x1, 0), max(y0 - r - 0.5, r + 0.5 - y1, 0))
             for r, c in zip(rows, columns, strict=True)
@@ -277,3 +277,12 @@ def test_blur_takes_details_at_every_size() -> None:
         assert blurred(checks).std() < 0.1 * checks.std()
         assert blurred(checks).shape == checks.shape
     assert torch.allclose(blurred(torch.full((1, 3, 32, 32), 0.3)), torch.tensor(0.3))
+
+
+def test_rounding_does_not_decide_which_pixel_of_a_plateau_is_pointed_at() -> None:
+    maps = torch.ones(1, 8, 8)
+    box = torch.tensor([[0.0, 0.0, 4.0, 8.0]])
+    level = pointing(maps, box, 0.0)
+    maps[0, 0, 7] += 1e-6  # outside of the box
+    assert level.item() == 0.5
+    assert pointing(maps, box, 0.0).item() == 0.5

@@ -13,6 +13,8 @@ from synthetic_scorecards import make_card, make_scored_run
 
 from gmscale import scorecards
 from gmscale.errors import UsageError
+from gmscale.report import scorecard_figures as figures
+from gmscale.report import scorecard_tables as tables
 from gmscale.report.scorecard import write_scorecards
 from gmscale.report.scorecard_comparison import Comparison, compare, load_cards, scored_arms
 
@@ -264,6 +266,61 @@ def test_any_section_may_stand_alone(section: str, tmp_path: Path) -> None:
     card: dict[str, Any] = make_card(everything=False) | {section: whole[section][:1]}
     (tmp_path / "card.json").write_text(json.dumps(card))
     Page(write_scorecards([tmp_path / "card.json"], [], tmp_path / "page.html").read_text())
+
+
+def test_what_was_asked_for_on_more_images_than_there_are_is_on_all(tmp_path: Path) -> None:
+    card = make_card() | {"samples": 250}
+    card["corruptions"] += [entry | {"images": 9000} for entry in card["corruptions"]]
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    (loaded,) = load_cards([tmp_path / "card.json"], baseline=False)
+    assert {e["images"] for section in ("attacks", "corruptions", "saliency") for e in loaded.entries(section)} == {
+        None,
+        100,
+    }
+    assert len(loaded.entries("corruptions")) == len(card["corruptions"]) // 2, "each once"
+    assert any(name.startswith("square linf 4/255 200 queries top1") for name in loaded.values)
+    text = Page(write_scorecards([tmp_path / "card.json"], [], tmp_path / "page.html").read_text()).text
+    assert "250 images" not in text
+
+
+def test_weights_can_go_up_to_the_first_share_that_harms(tmp_path: Path) -> None:
+    card = make_card(everything=False)
+    card["accuracy"]["top1"] = 80.0
+    tops = {0.95: 80.0, 0.5: 79.8, 0.8: 60.0, 0.7: 79.5}
+    card["pruning"] = [{"sparsity": share, "how": "global", "top1": top} for share, top in tops.items()]
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    text = Page(write_scorecards([tmp_path / "card.json"], [], tmp_path / "page.html").read_text()).text
+    assert "top1 within 1 point 70 %" in text
+
+
+def test_ways_of_pruning_stand_together_by_rising_share(tmp_path: Path) -> None:
+    card = make_card()
+    card["pruning"].sort(key=lambda entry: entry["sparsity"])
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    table = tables.pruning(scored_arms(load_cards([tmp_path / "card.json"], baseline=False)))
+    assert table
+    shares = ("0.25", "0.5", "0.8", "0.9")
+    rows = [*(f"global {share}" for share in shares), "global 0.9 finetuned 50"]
+    rows += [*(f"layer {share}" for share in shares), "2:4", "2:4 finetuned 50"]
+    assert [row.name for row in table.rows] == [*rows, *(f"structured {share}" for share in shares)]
+
+
+def test_wide_intervals_of_few_seeds_do_not_hide_the_differences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked, baselines = (
+        [make_scored_run(tmp_path / f"{arm}-{seed}", arm, seed, gain, everything=False) for seed in (0, 1)]
+        for arm, gain in (("pool", 0.1), ("no mask", 0.0))
+    )
+    arms = scored_arms([*load_cards(masked, baseline=False), *load_cards(baselines, baseline=True)])
+    found = compare(arms, 1.0)
+    drawn: list[tuple[float, float]] = []
+    monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure.axes[0].get_xlim()) or "drawn")
+    assert figures.differences(found, figures.styles(arms)) == "drawn"
+    differences = [d for one in found if one.metric != "loss" for d in one.seed_differences]
+    ends = [abs(one.paired.high or 0.0) for one in found if one.metric != "loss"]
+    reach = max(map(abs, drawn[0]))
+    assert max(map(abs, differences)) < reach <= 2 * max(map(abs, differences)) < max(ends)
 
 
 def test_scorecards_of_the_first_version_are_still_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from gmscale import cli
 from gmscale.config import from_dict
@@ -111,6 +113,35 @@ def test_the_same_command_goes_on_and_gives_the_same_bytes(
         assert sum(same) > 0.95 * len(same), path
     with pytest.raises(UsageError, match="began with guide saliency"):
         crop(Options(finished_run, options.out, guide="random"))
+
+
+@pytest.mark.parametrize(
+    ("box", "moved"),
+    [
+        ([[0, 0, 30, 30], [90, 0, 99, 9], [20, 25, 40, 40]], [[0, 0, 20, 10], [10, 5, 30, 20]]),
+        ([[90, 0, 99, 9]], []),
+        ([1.5, 2.5, 30.25, 40], [0, 0, 20.25, 20]),
+        ([90, 0, 99, 9], None),
+        (["a", "b", 3, 4], ["a", "b", 3, 4]),
+        ([None, 1, 2, 3], [None, 1, 2, 3]),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("field", ["box", "boxes"])
+def test_boxes_move_along_and_what_is_no_box_stays(field: str, box: Any, moved: Any) -> None:
+    found = cropping._facts(json.dumps({field: box, "word": "é"}).encode(), (10, 20, 60, 70), (100, 80), "random")
+    assert found[field] == moved
+    assert (found["word"], found["crop"]) == ("é", [10, 20, 60, 70])
+
+
+def test_another_run_with_the_same_names_does_not_go_on(
+    finished_run: Path, guided: dict[str, Path], tmp_path: Path
+) -> None:
+    other = shutil.copytree(finished_run, tmp_path / "other")
+    for file in other.glob("checkpoints/*/model*.safetensors"):
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UsageError, match="began with weights"):
+        crop(Options(other, guided["random"], guide="random"))
 
 
 def test_where_the_view_lies_in_the_image(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE
@@ -15,13 +16,13 @@ from rich.table import Table
 from torch import nn
 
 from gmscale import parallel, robustness, scorecards
-from gmscale.data import StreamValLoader
+from gmscale.data import StreamValLoader, ValLoader
 from gmscale.errors import UsageError
 from gmscale.evaluation import options
 from gmscale.evaluation.attacks import Attack
 from gmscale.evaluation.measurement import Measurement
 from gmscale.evaluation.opening import Opened, group_of, opened
-from gmscale.evaluation.options import Request, home
+from gmscale.evaluation.options import SALIENCY_IMAGES, Request, home
 from gmscale.evaluation.saliency.gallery import NAME as GALLERY
 from gmscale.evaluation.saliency.gallery import write_gallery
 from gmscale.evaluation.saliency.measurement import Saliency
@@ -43,6 +44,17 @@ def main(argv: list[str], in_world: InWorld) -> int:
     return in_world(groups[0], lambda world: _Evaluation(request, world).run())
 
 
+class _Prepared(NamedTuple):
+    """A model that can be measured."""
+
+    subject: Subject
+    asked: list[Measurement]
+    card: Scorecard | None
+    """None but on the main rank."""
+    missing: list[Measurement]
+    """Of those asked for, what the scorecard does not have yet."""
+
+
 @dataclass
 class _Evaluation:
     """The models of one command."""
@@ -55,6 +67,8 @@ class _Evaluation:
     def run(self) -> int:
         began = time.monotonic()
         names = [*self.request.baselines, *self.request.models]
+        for name in names[1:]:
+            self._prepared(name)  # a mistake in the last of them is found before minutes of measuring the others
         for name in names:
             self._one(name)
         if self.world.is_main:
@@ -68,23 +82,9 @@ class _Evaluation:
         return 0
 
     def _one(self, name: str) -> None:
-        found = opened(name, self.request.source, self.world)
-        torch.set_float32_matmul_precision(found.config.run.matmul_precision)
-        subject = Subject(_ready(found, self.world), found.config, found.loader, self.world, found.classes)
-        asked = list(self._asked(found))
-        surrogate = self._surrogate(found) if any(map(_is_transfer, asked)) else None
-        if surrogate is not None:
-            subject = replace(subject, surrogates=(_ready(surrogate, self.world),))
-            digest = str(surrogate.about["sha256"])[:12]
-            asked = [replace(what, surrogate=digest) if _is_transfer(what) else what for what in asked]  # type: ignore[call-arg]
-        card, missing = None, asked
-        with parallel.together(self.world):
-            if self.world.is_main:
-                self._card_path(name).parent.mkdir(parents=True, exist_ok=True)
-                card = Scorecard(self._card_path(name), found.about)
-                missing = [what for what in asked if not card.has(what)]
-                self._say(f"{name}: {_which(card.content)}, {len(missing)} of {len(asked)} results to measure")
-        missing = parallel.of_all_ranks(missing, self.world)[0]
+        subject, asked, card, missing = self._prepared(name)
+        if card is not None:
+            self._say(f"{name}: {_which(card.content)}, {len(missing)} of {len(asked)} results to measure")
         left_out = self._measure(subject, card, missing)
         self._draw_gallery(name, subject, asked, anew=any(isinstance(what, Saliency) for what in missing))
         if card is not None:
@@ -94,6 +94,31 @@ class _Evaluation:
                 self._say(sentence)
             self._say(str(self._card_path(name)))
 
+    def _prepared(self, name: str) -> "_Prepared":
+        """Open a model and find out what is to be measured of it; a collective.
+
+        Raises UsageError for what is known to fail.
+        """
+        found = opened(name, self.request.source, self.world)
+        torch.set_float32_matmul_precision(found.config.run.matmul_precision)
+        subject = Subject(_ready(found, self.world), found.config, found.loader, self.world, found.classes)
+        asked = list(dict.fromkeys(self._asked(found)))
+        surrogate = self._surrogate(found) if any(map(_is_transfer, asked)) else None
+        if surrogate is not None:
+            subject = replace(subject, surrogates=(_ready(surrogate, self.world),))
+            digest = str(surrogate.about["sha256"])[:12]
+            asked = [replace(what, surrogate=digest) if _is_transfer(what) else what for what in asked]  # type: ignore[call-arg]
+        card, missing = None, asked
+        with parallel.together(self.world):
+            if self.world.is_main:
+                card = Scorecard(self._card_path(name), found.about)
+                missing = [what for what in asked if not card.has(what)]
+                _check_writable(self._card_path(name).parent)
+        missing = parallel.of_all_ranks(missing, self.world)[0]
+        for what in missing:
+            what.check(subject)
+        return _Prepared(subject, asked, card, missing)
+
     def _asked(self, found: Opened) -> Iterator[Measurement]:
         """Yield what this model is measured on: of everything, what it can be."""
         for what in self.request.measurements:
@@ -101,9 +126,24 @@ class _Evaluation:
                 continue  # a model without a run comes with images to be measured on alone
             if _is_transfer(what) and self._surrogate(found) is None:
                 continue  # the only baseline, measured for itself
-            if self.request.everything and isinstance(found.loader, StreamValLoader) and hasattr(what, "images"):
-                what = replace(what, images=None)  # type: ignore[call-arg]  # a stream is read as a whole
-            yield what
+            yield self._as_many_as_there_are(what, found.loader)
+
+    def _as_many_as_there_are(self, what: Measurement, loader: ValLoader | StreamValLoader) -> Measurement:
+        """Return a measurement of all images where there are no more, or no part can be taken.
+
+        No result shall be said to be of more images than there are. Raises UsageError for a part of a stream.
+        """
+        images = getattr(what, "images", None)
+        if images is None:
+            return what
+        if isinstance(loader, StreamValLoader):
+            if not (self.request.everything or (isinstance(what, Saliency) and images == SALIENCY_IMAGES)):
+                raise UsageError(
+                    f"{what.words}: a part of the images needs data.access index; this run's is stream"
+                )
+        elif images < len(loader.index):
+            return what
+        return replace(what, images=None)  # type: ignore[call-arg]
 
     def _measure(
         self, subject: Subject, card: Scorecard | None, missing: Sequence[Measurement]
@@ -151,7 +191,11 @@ class _Evaluation:
         folder = self._card_path(name).parent / "gallery"
         methods = [what.method for what in asked if isinstance(what, Saliency)]
         here = parallel.of_all_ranks((folder / GALLERY).exists(), self.world)[0]
-        if self.request.gallery and methods and (anew or not here):
+        if not (self.request.gallery and methods and (anew or not here)):
+            return
+        if isinstance(subject.loader, StreamValLoader):
+            self._say("no gallery: its images are a part of the split, which needs data.access index")
+        else:
             self._say(f"gallery of {self.request.gallery} images")
             write_gallery(subject, folder, methods, self.request.gallery, self.request.boxes)
 
@@ -166,6 +210,17 @@ class _Evaluation:
 def _ready(found: Opened, world: World) -> nn.Module:
     model = found.model.requires_grad_(False).to(world.device)
     return model.to(memory_format=torch.channels_last) if found.config.model.channels_last else model
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"no scorecard can be written in {folder}: {error.strerror or error}; name another file with --out"
+        ) from None
 
 
 def _is_transfer(what: Measurement) -> bool:

@@ -26,6 +26,12 @@ class Measurement(ABC):
         """Whether it needs the training split."""
         return False
 
+    def check(self, subject: Subject) -> None:  # noqa: B027
+        """Raise UsageError where what the options name does not fit the subject; a collective.
+
+        Called before anything is measured, of what is known without measuring.
+        """
+
     @abstractmethod
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return what is found, as JSON values, the same on every rank; a collective."""

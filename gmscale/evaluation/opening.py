@@ -103,7 +103,8 @@ def _is_run(name: str) -> bool:
     if path.is_dir():
         if not any((path / file).exists() for file in ("config.yaml", "config.json")):
             raise UsageError(
-                f"{name} is neither a run (it has no config.yaml) nor a folder of gmscale export (no config.json)"
+                f"{name} is neither a run (it has no config.yaml) nor a folder of gmscale export --format hf (no "
+                "config.json)"
             )
         return (path / "config.yaml").exists()
     if not timm.is_model(name.partition(".")[0]):
@@ -147,6 +148,10 @@ def open_model(name: str, source: Source, world: World) -> Opened:
     """
     if source.source is None:
         raise UsageError(f"{name} is no run, which would say where its images are; name them with --source")
+    if Path(name).is_dir() and source.checkpoint != "last":
+        raise UsageError(
+            f"--checkpoint is for a run or a timm model's name; {name} is a folder with its own weights"
+        )
     try:
         # last is the default, which is a run's
         file = None if source.checkpoint == "last" else Path(source.checkpoint)

@@ -2,10 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from gmscale import scorecards
 from gmscale.errors import OneLineParser, UsageError, check_choice, check_range
@@ -32,15 +33,32 @@ _WHOLE_PRUNING = (
     ("0.5,0.7,0.8,0.9,0.95", "global,layer", "0"),
     ("2:4", "global", "0"),
     ("0.25,0.5", "structured", "0"),
-    ("0.9,2:4", "global", "50"),
-    ("0.5", "structured", "50"),
+    ("0.9,2:4", "global", "40"),
+    ("0.5", "structured", "40"),
 )
 _ATTACK = "fgsm,pgd"
 _COSTLY_ATTACKS = ("apgd-ce", "apgd-dlr", "square", "transfer")
 _EPS, _STEPS, _RESTARTS, _QUERIES = "4/255", 10, 1, 200
 _COSTLY_STEPS, _COSTLY_IMAGES = 20, 250
-_CORRUPTED_IMAGES, _SALIENCY_IMAGES, _GALLERY = 500, 100, 6
+_CORRUPTED_IMAGES, _GALLERY = 300, 6
+_PAIRS, _RANKS = 8, 4
+SALIENCY_IMAGES = 64
 
+# Options that say how something is measured, by the one that asks for it; None where the user says nothing.
+_HOW: Mapping[str, Mapping[str, Any]] = {
+    "prune": {"prune_how": "global", "finetune": "0"},
+    "attack": {
+        "eps": _EPS,
+        "norm": "linf",
+        "steps": _STEPS,
+        "restarts": _RESTARTS,
+        "queries": _QUERIES,
+        "attack_images": None,
+    },
+    "corrupt": {"corrupt_images": None},
+    "saliency": {"saliency_images": SALIENCY_IMAGES, "boxes": None},
+    "quality": {"pairs": _PAIRS, "quality_ranks": _RANKS, "quality_batch_size": None},
+}
 
 # Options that choose what is measured; without any of them everything is.
 _CHOOSE = ("real", "folder", "prune", "attack", "corrupt", "corrupt_folder", "saliency", "quality")
@@ -68,6 +86,8 @@ class Request:
 def parse(argv: Sequence[str]) -> Request:
     """Return what `argv` asks for. Raises UsageError in one line."""
     options = _parser().parse_args(argv)
+    everything = all(getattr(options, name) in (None, []) for name in _CHOOSE)
+    _fill_in(options, everything)
     for name in (
         "limit",
         "batch_size",
@@ -77,24 +97,33 @@ def parse(argv: Sequence[str]) -> Request:
         "queries",
         "attack_images",
         "corrupt_images",
+        "saliency_images",
+        "pairs",
     ):
         if getattr(options, name) is not None:
             check_range(getattr(options, name), f"--{name}", 1, whole=True)
-    for name in ("saliency_images", "pairs"):
-        check_range(getattr(options, name), f"--{name}", 1, whole=True)
     check_range(options.gallery, "--gallery", 0, whole=True)
     check_choice(options.weights, ("auto", "model", "ema"), "--weights")
-    models, baselines = tuple(dict.fromkeys(options.model)), tuple(dict.fromkeys(options.baseline))
-    if both := [name for name in baselines if name in models]:
+    models, baselines = _different(options.model), _different(options.baseline)
+    places = set(map(_place, models))
+    if both := [name for name in baselines if _place(name) in places]:
         raise UsageError(f"{both[0]} is given as a model and as its own --baseline; expected different runs")
     if options.out:
+        if options.out.is_dir():
+            raise UsageError(f"--out {options.out} is a directory; expected a file")
         if len(models) > 1 or baselines:
             raise UsageError(
                 "--out is for one model; several have their scorecards in their runs (--page names the page)"
             )
         if not options.out.absolute().parent.is_dir():
             raise UsageError(f"--out {options.out}: there is no directory {options.out.parent}")
-    everything = all(getattr(options, name) in (None, []) for name in _CHOOSE)
+    page = None if options.no_page else options.page or _page(models, baselines, options.out)
+    if page is not None and page.is_dir():
+        raise UsageError(f"--page {page} is a directory; expected a file")
+    if page is not None and page.absolute() in {
+        (options.out or home(name) / scorecards.NAME).absolute() for name in models
+    }:
+        raise UsageError(f"{page} would be both the scorecard and the page; name another with --out or --page")
     measurements = tuple(dict.fromkeys([Accuracy(), *(_whole(options) if everything else _chosen(options))]))
     source = {name: getattr(options, name) for name in Source.__dataclass_fields__}
     return Request(
@@ -106,8 +135,35 @@ def parse(argv: Sequence[str]) -> Request:
         gallery=0 if options.out else options.gallery,
         boxes=options.boxes,
         out=options.out,
-        page=None if options.no_page else options.page or _page(models, baselines, options.out),
+        page=page,
     )
+
+
+def _fill_in(options: argparse.Namespace, everything: bool) -> None:
+    """Set what the user did not to its default. Raises UsageError for an option that would have no effect."""
+    if options.norm == "l2" and options.eps is None:
+        raise UsageError(f"--norm l2 needs --eps, such as 0.5; {_EPS} is a radius for linf")
+    for asking, defaults in _HOW.items():
+        # of everything, pruning is a list of its own
+        asked = getattr(options, asking) is not None or (everything and asking != "prune")
+        for name, default in defaults.items():
+            if getattr(options, name) is None:
+                setattr(options, name, default)
+            elif not asked:
+                raise UsageError(f"--{name} says how --{asking} is measured, which is not asked for")
+
+
+def _different(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the models, each once however it is spelled."""
+    found: dict[Path | str, str] = {}
+    for name in names:
+        found.setdefault(_place(name), name)
+    return tuple(found.values())
+
+
+def _place(name: str) -> Path | str:
+    """Return what is the same for all spellings of a model."""
+    return Path(name).resolve() if Path(name).is_dir() else name
 
 
 def home(name: str) -> Path:
@@ -131,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "model",
         nargs="+",
-        help="Run directory of a finished run, a folder of gmscale export, or a timm model's name.",
+        help="Run directory of a finished run, a folder of gmscale export --format hf, or a timm model's name.",
     )
     add("--baseline", nargs="+", default=[], metavar="RUN", help="Runs without a mask to compare with.")
     add(
@@ -166,10 +222,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARES",
         help="Shares of the weights to remove, such as 0.5,0.8, or 2:4 for two of four.",
     )
-    add("--prune_how", default="global", metavar="HOW", help=f"Of {', '.join(HOW)}; several are tried one by one.")
+    add("--prune_how", metavar="HOW", help=f"Of {', '.join(HOW)}; several are tried one by one; default global.")
     add(
         "--finetune",
-        default="0",
         metavar="STEPS",
         help="Steps of fine-tuning after pruning, such as 0,100; default 0.",
     )
@@ -178,19 +233,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--attack", metavar="NAMES", help=f"Of {', '.join(ATTACKS)}.")
     add(
         "--eps",
-        default=_EPS,
         metavar="RADII",
         help=f"Radii on pixels in [0, 1], such as 2/255,4/255; default {_EPS}.",
     )
-    add("--norm", default="linf", help="Norm of these radii: linf (default) or l2.")
-    add("--steps", type=int, default=_STEPS, help=f"pgd, transfer, apgd: steps; default {_STEPS}.")
+    add("--norm", help="Norm of these radii: linf (default) or l2.")
+    add("--steps", type=int, help=f"pgd, transfer, apgd: steps; default {_STEPS}.")
     add(
         "--restarts",
         type=int,
-        default=_RESTARTS,
         help="pgd, apgd: random starts, all of which must fail; default 1.",
     )
-    add("--queries", type=int, default=_QUERIES, help=f"square: queries of an image; default {_QUERIES}.")
+    add("--queries", type=int, help=f"square: queries of an image; default {_QUERIES}.")
     add("--attack_images", type=int, metavar="N", help="Attack N images, evenly spread; default all.")
 
     add = parser.add_argument_group("corruptions").add_argument
@@ -204,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("saliency").add_argument
     add("--saliency", metavar="METHODS", help=f"Of {', '.join(METHODS)}, or all.")
-    add("--saliency_images", type=int, default=_SALIENCY_IMAGES, metavar="N", help=f"Default {_SALIENCY_IMAGES}.")
+    add("--saliency_images", type=int, metavar="N", help=f"Default {SALIENCY_IMAGES}.")
     add(
         "--boxes", metavar="PATH", help="Objects' boxes: a folder of PASCAL XML, or JSON; default: the shards' own."
     )
@@ -212,8 +265,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("gradient quality").add_argument
     add("--quality", metavar="OPERATORS", help=f"Of {', '.join(OPERATORS)}: what the mask does to gradients.")
-    add("--pairs", type=int, default=8, metavar="N", help="Pairs of independent batches; default 8.")
-    add("--quality_ranks", type=int, default=4, metavar="R", help="Gradients of a batch, each masked; default 4.")
+    add("--pairs", type=int, metavar="N", help=f"Pairs of independent batches; default {_PAIRS}.")
+    add("--quality_ranks", type=int, metavar="R", help=f"Gradients of a batch, each masked; default {_RANKS}.")
     add("--quality_batch_size", type=int, metavar="B", help="Images of one; default data.batch_size_per_device.")
     return parser
 
@@ -222,10 +275,14 @@ def _chosen(options: argparse.Namespace) -> Iterator[Measurement]:
     """Yield what the options of the sections ask for."""
     if options.real is not None:
         yield RealLabels(path=options.real)
+    names = {RealLabels.name} if options.real is not None else set()
     for word in options.folder:
         name, equals, path = word.partition("=")
         if not (name and equals and path):
             raise UsageError(f"--folder is {word!r}; expected NAME=DIR, such as imagenet-a=folder")
+        if name in names:
+            raise UsageError(f"--folder {name} is given twice; expected a name of its own for each folder")
+        names.add(name)
         yield FolderAccuracy(name=name, path=path)
     if options.prune is not None:
         yield from _prunings(options.prune, options.prune_how, options.finetune)
@@ -317,5 +374,5 @@ def _words(text: str) -> list[str]:
 def _number(word: str, name: str) -> float:
     try:
         return float(Fraction(word.strip()))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise UsageError(f"{name} is {word!r}; expected a number such as 0.8 or 4/255") from None

@@ -83,6 +83,11 @@ class GradientQuality(Measurement):
         """Return the mask that is judged."""
         return config.mask if self.operator == CONFIGURED else GradientMask(operator=self.operator)  # type: ignore[arg-type]
 
+    def check(self, subject: Subject) -> None:
+        """Raise UsageError if the training split is too small."""
+        if self.batch_size is not None:
+            self._loader(subject)
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return means over the pairs of each layer and, weighted by entries, of all, with dQ's 95 % t interval.
 

@@ -50,19 +50,18 @@ class RealLabels(Measurement):
     def words(self) -> str:
         return f"{self.name} labels"
 
+    def check(self, subject: Subject) -> None:
+        """Read the labels. Raises UsageError if they do not fit the images."""
+        self._labels(subject)
+
     @torch.no_grad()
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return top1 in percent of the images that have a label, None if none has, and count, their number."""
         loader, device = subject.loader, subject.world.device
-        with parallel.together(subject.world):
-            if not isinstance(loader, ValLoader):
-                raise UsageError("--real needs samples' names and so data.access index; this run's is stream")
-            mine = order.rank_share(len(loader.index), subject.world.rank, subject.world.size)
-            found = _read_labels(Path(self.path), len(loader.classes))
-            chosen = [_labels_of(name, found, self.path) for name in sample_names(loader.index, mine)]
-        table, first = _padded(chosen).to(device), int(mine[0]) if len(mine) else 0
+        chosen, first = self._labels(subject)
+        table = _padded(chosen).to(device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        done, share = 0, -(-len(loader.index) // subject.world.size)
+        done, share = 0, -(-subject.count() // subject.world.size)
         for logits, labels, indices in judged(subject.model, loader, subject.config.data, subject.world):
             right = table[(indices - first).to(device, non_blocking=True)]
             correct = (logits.argmax(1)[:, None] == right).any(1)
@@ -71,6 +70,17 @@ class RealLabels(Measurement):
             subject.progress(done, share)
         correct_ones, count = subject.total(sums).tolist()
         return {"top1": 100 * correct_ones / count if count else None, "count": int(count)}
+
+    def _labels(self, subject: Subject) -> tuple[list[Sequence[int]], int]:
+        """Return the labels of this rank's images, and the first one's number; a collective."""
+        loader, world = subject.loader, subject.world
+        with parallel.together(world):
+            if not isinstance(loader, ValLoader):
+                raise UsageError("--real needs samples' names and so data.access index; this run's is stream")
+            mine = order.rank_share(len(loader.index), world.rank, world.size)
+            found = _read_labels(Path(self.path), len(loader.classes))
+            labels = [_labels_of(name, found, self.path) for name in sample_names(loader.index, mine)]
+        return labels, int(mine[0]) if len(mine) else 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,11 @@ class FolderAccuracy(Measurement):
     @property
     def words(self) -> str:
         return self.name
+
+    def check(self, subject: Subject) -> None:
+        """List the images. Raises UsageError if their classes are not the model's."""
+        with parallel.together(subject.world):
+            self._open(subject)
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> dict[str, Any]:

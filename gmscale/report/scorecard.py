@@ -171,9 +171,11 @@ def _numbers(arms: Sequence[ScoredArm], margin: float) -> Iterator[tuple[str, st
         yield "Calibration error", f"{html.decimal(ece)} %"
     pruned = {e["sparsity"]: mean(f"pruned global {e['sparsity']:g} top1") for e in arm.cards[0].entries("pruning")}
     known = {share: value for share, value in pruned.items() if value is not None}
-    light = [share for share, value in known.items() if top1 is not None and value > top1 - margin]
+    light = list(
+        itertools.takewhile(lambda share: top1 is not None and known[share] > top1 - margin, sorted(known))
+    )
     if known:
-        words = f"{100 * max(light):g} %" if light else "no share that was tried"
+        words = f"{100 * light[-1]:g} %" if light else "no share that was tried"
         yield f"Smallest weights that can go, top1 within {margin:g} point{'' if margin == 1 else 's'}", words
     strongest: dict[str, list[float]] = {}
     for entry in arm.cards[0].entries("attacks"):

@@ -27,6 +27,11 @@ from gmscale.statistics import (
 
 # What a baseline has to share with an arm for their difference to be that of their training.
 _WORKLOAD = ("model.name", "data.source", "data.size", "run.epochs")
+# What tells two entries of a section apart, beside their images.
+_ASKED = (
+    *("name", "how", "sparsity", "finetune", "attack", "norm", "eps", "steps", "restarts", "surrogate"),
+    *("family", "path", "method", "boxes"),
+)
 _IMAGES = ("source", "val_split", "limit")
 
 
@@ -133,8 +138,22 @@ def load_cards(paths: Sequence[str | Path], *, baseline: bool) -> list[Card]:
         if not content:
             raise UsageError(f"{path} has no scorecard; make one with: gmscale evaluate {path}")
         run = load_run(file.parent) if is_run(file.parent) else None
-        found.setdefault(file.resolve(), Card(file, content, run, baseline))
+        found.setdefault(file.resolve(), Card(file, _all_images(content), run, baseline))
     return list(found.values())
+
+
+def _all_images(content: dict[str, Any]) -> dict[str, Any]:
+    """Say of what was asked for on more images than there are that it is on all, as it was measured, and once."""
+    samples = content.get("samples") or math.inf
+    found = dict(content)
+    for section in ("shifts", "pruning", "attacks", "corruptions", "saliency"):
+        kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for entry in content.get(section) or ():
+            images = None if (entry.get("images") or 0) >= samples else entry.get("images")
+            kept.setdefault((images, *map(entry.get, _ASKED)), entry | {"images": images})
+        if kept:
+            found[section] = list(kept.values())
+    return found
 
 
 def scored_arms(cards: Sequence[Card]) -> list[ScoredArm]:

@@ -55,6 +55,10 @@ def differences(compared: Sequence[Comparison], drawn: Mapping[str, Style]) -> s
             axes.plot(interval, [height] * len(interval), color=colour, linewidth=1.8)
             filling = colour if one.better is not None else WHITE
             axes.plot([statistics.fmean(seeds)], [height], "D", ms=5, color=colour, markerfacecolor=filling)
+        # intervals of two or three seeds are so wide that nothing else could be told apart
+        reach = 2 * max(abs(difference) for one in shown for difference in one.seed_differences) or 1.0
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -reach), min(high, reach))
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
@@ -106,6 +110,7 @@ def corruptions(arms: Sequence[ScoredArm], suite: Suite) -> str:
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             axes.set_title(shortened(arm.label), loc="left", fontsize=9)
+            axes.set_xlabel("severity", loc="left", fontsize=8)
         return svg(figure)
 
 

@@ -13,6 +13,7 @@ from gmscale.statistics import Summary, summary
 MAX_CLASSES = 12
 _GROUPS = {"square": "black-box", "transfer": "transfer"}  # the others see the gradients
 _ORDER = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "square", "transfer")
+_WAYS = {"global": 0, "layer": 1, "structured": 3}  # N:M comes before whole channels
 _SALIENCY = ("iou", "ebpg", "pointing", "deletion", "insertion", "randomisation")
 _QUALITY = ("gain", "control_gain", "over_control", "alignment", "kept_entries", "kept_energy", "snr", "snr_masked")
 
@@ -90,9 +91,13 @@ def shifts(arms: Sequence[ScoredArm]) -> Table | None:
 
 def pruning(arms: Sequence[ScoredArm]) -> Table | None:
     """Top1 of each arm after each way of pruning, and what is left of the model's parameters and FLOPs."""
-    names = _distinct(arms, "pruning", scorecards.pruning_name)
-    if not names:
+    entries = [entry for arm in arms for card in arm.cards for entry in card.entries("pruning")]
+    if not entries:
         return None
+    ordered = sorted(
+        entries, key=lambda e: (_WAYS.get(e.get("how", "global"), 2), str(e.get("how")), e["sparsity"])
+    )
+    names = list(dict.fromkeys(map(scorecards.pruning_name, ordered)))
 
     def value(name: str, key: str) -> Callable[[Card], float | None]:
         return lambda card: next(

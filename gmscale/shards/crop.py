@@ -1,5 +1,6 @@
 """gmscale shards crop: each image becomes the part of it that a trained model looks at, or a random part."""
 
+import hashlib
 import io
 import json
 import math
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmscale.data import DataConfig, ShardIndex, embedded, open_index, open_split
 from gmscale.data.faults import ImageError
@@ -100,7 +101,7 @@ def crop(options: Options) -> tuple[int, int]:
         "method": options.method if options.guide == "saliency" else "",
         "scale": list(options.scale),
         "seed": options.seed,
-        "weights": f"{trained.name} of {trained.run.setting('run.seed', 0)}",
+        "weights": f"{_digest(trained.model)[:12]} of {trained.name}",
         "source": index.fingerprint,
     }
     with locked(options.out), Meter(f"cropping {split}") as meter:
@@ -116,6 +117,15 @@ def crop(options: Options) -> tuple[int, int]:
         kept = [entry for entry in entries if entry.samples]
         write_info(options.out, split, options.out.name, kept, index.classes, read_info(options.out))
     return sum(entry.samples for entry in entries), sum(len(entry.skipped) for entry in entries)
+
+
+def _digest(model: nn.Module) -> str:
+    """Tell runs apart that differ in nothing that their names say."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _open(trained: Trained, options: Options) -> tuple[DataConfig, ShardIndex]:
@@ -217,15 +227,32 @@ def _in_image(window: list[int], size: tuple[int, int], data: DataConfig) -> tup
 
 
 def _facts(text: bytes, crop: tuple[int, int, int, int], size: tuple[int, int], guide: str) -> dict[str, Any]:
-    """Return a sample's JSON with the crop; a box of the object moves along, cut to it, and is gone outside."""
+    """Return a sample's JSON with the crop. The box of an object, or a list of them, moves along.
+
+    A box is cut to the crop; outside of it a single one becomes null, one of a list goes. What is no box of four
+    numbers stays as it is.
+    """
     try:
         facts = json.loads(text) if text else {}
     except ValueError:
         facts = {}
     facts = facts if isinstance(facts, dict) else {"json": facts}
-    left, top, right, bottom = crop
-    if isinstance(facts.get("box"), list) and len(facts["box"]) == 4:
-        x0, y0, x1, y1 = facts["box"]
-        box = [max(x0, left) - left, max(y0, top) - top, min(x1, right) - left, min(y1, bottom) - top]
-        facts["box"] = box if box[0] < box[2] and box[1] < box[3] else None
+    for field in ("box", "boxes"):  # as gmscale evaluate reads them
+        given = facts.get(field)
+        if isinstance(given, list) and _is_box(given):
+            facts[field] = _moved(given, crop)
+        elif isinstance(given, list) and all(map(_is_box, given)):
+            facts[field] = [box for each in given if (box := _moved(each, crop))]
     return facts | {"crop": list(crop), "cropped_from": list(size), "guide": guide}
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(edge, int | float) for edge in value)
+
+
+def _moved(box: list[float], crop: tuple[int, int, int, int]) -> list[float] | None:
+    """Return the part of a box x0, y0, x1, y1 within the crop, seen from its corner; None for an empty part."""
+    left, top, right, bottom = crop
+    x0, y0, x1, y1 = box
+    found = [max(x0, left) - left, max(y0, top) - top, min(x1, right) - left, min(y1, bottom) - top]
+    return found if found[0] < found[2] and found[1] < found[3] else None

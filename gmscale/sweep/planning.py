@@ -21,7 +21,7 @@ def search(base: TrainConfig, sweep: SweepConfig) -> list[Trial]:
         points = list(drawn)
         configurations += [(MASK, point) for point in points]
         if sweep.random_twins:
-            twins = [(RANDOM, random_twin(base, point)) for point in points]
+            twins: list[tuple[Arm, Mapping[str, Any]]] = [(RANDOM, random_twin(base, point)) for point in points]
             configurations += [twin for twin in twins if twin not in configurations]
     seeds = range(base.run.seed, base.run.seed + sweep.seeds)
     return [

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gmscale import parallel
 from gmscale.corruption_error import EXTRA, FAMILIES, SEVERITIES
 from gmscale.errors import UsageError, check_choice, check_range
 from gmscale.evaluation.corruptions.corrupt import severities
-from gmscale.evaluation.folder import folder_batches
+from gmscale.evaluation.folder import folder_batches, folder_labels
 from gmscale.evaluation.measurement import Measurement
 from gmscale.evaluation.subject import PixelBatch, Subject
 
@@ -85,6 +86,12 @@ class CorruptedFolder(Measurement):
     @property
     def words(self) -> str:
         return f"{self.family.replace('_', ' ')} of {self.path}"
+
+    def check(self, subject: Subject) -> None:
+        """Raise UsageError if a severity's class folders are not the model's classes."""
+        with parallel.together(subject.world):
+            for severity in SEVERITIES:
+                folder_labels(self._of(severity), subject.classes)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return what Corruption.measure does; the images as they are, are those of the subject."""

@@ -62,6 +62,11 @@ class Saliency(Measurement):
     def words(self) -> str:
         return f"saliency {self.method}, " + ("all images" if self.images is None else f"{self.images} images")
 
+    def check(self, subject: Subject) -> None:
+        """Raise UsageError if `boxes` is given and holds none."""
+        with parallel.together(subject.world):
+            open_boxes(subject, self.boxes)
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return means over the images, in [0, 1]; None for what no image has.
 
