@@ -214,7 +214,7 @@ def test_info_reads_no_shard(shards: Path, capsys: Output) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["biuld"], "'biuld'; expected one of build, verify, info; did you mean 'build'"),
+        (["biuld"], "'biuld'; expected one of build, verify, info, crop; did you mean 'build'"),
         (["verify", "nowhere"], "nowhere is not a directory of shards, nor a pattern"),
         (["verify", "{shards}", "--split", "tran"], "no split 'tran'.*did you mean 'train'"),
         (["verify", "{shards}", "--workers", "-1"], "--workers is -1"),

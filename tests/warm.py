@@ -193,6 +193,8 @@ class _Worker:
         if self.pid == 0:
             os.setsid()
             _become(arguments, environment)
+        while os.getpgid(self.pid) != self.pid:  # Popen, too, returns once the group is there that may be killed
+            time.sleep(0.0005)
 
     def poll(self) -> int | None:
         if self.returncode is None:
