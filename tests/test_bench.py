@@ -189,3 +189,10 @@ def test_mask_reports_every_operator(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert row["least_bytes"] == accesses * 2 * model["masked_entries"]
             assert row["gb_per_s"] == pytest.approx(row["least_bytes"] / row["ms"] / 1e6)
     assert "a copy reaches" in capsys.readouterr().out
+
+
+def test_a_bench_needs_no_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setitem(bench._BENCHES, "step", lambda argv: asked.append(argv) or 0)
+    assert bench.main(["step"]) == 0
+    assert asked == [[]]

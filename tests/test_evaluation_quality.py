@@ -230,7 +230,7 @@ def test_the_scorecard_takes_it(cache: Path, tmp_path: Path) -> None:
     assert all(isinstance(entry[name], float) for name in what.shown)
     assert card.has(what)
     assert not card.has(replace(what, pairs=3))
-    assert what.words == "gradient quality of pool, 2 pairs of batches"
+    assert what.words == "pool, 2 pairs of batches"
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 def _check_json(argv: list[str]) -> None:
     """Raise UsageError if the results could not be written, before minutes are spent on them."""
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in pairwise([*argv, ""]):
         path = Path(option.removeprefix("--json=") if option.startswith("--json=") else value)
         if (option == "--json" or option.startswith("--json=")) and not os.access(path.parent, os.W_OK):
             raise UsageError(f"--json {path}: no directory {path.parent} to write in")

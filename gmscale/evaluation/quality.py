@@ -77,7 +77,7 @@ class GradientQuality(Measurement):
     @property
     def words(self) -> str:
         mask = "the configured mask" if self.operator == CONFIGURED else self.operator
-        return f"gradient quality of {mask}, {self.pairs} pairs of batches"
+        return f"{mask}, {self.pairs} pairs of batches"
 
     def mask(self, config: TrainConfig) -> GradientMask:
         """Return the mask that is judged."""
