@@ -218,7 +218,8 @@ def _measured(world: World, cache: str) -> dict[str, Any]:
 
 
 def test_two_ranks_find_what_one_finds(cache: Path) -> None:
-    assert run_ranks(_measured, 2, str(cache)) == _measured(tiny.ALONE, str(cache))
+    # both in processes of their own: with other threads sums are rounded otherwise
+    assert run_ranks(_measured, 2, str(cache)) == run_ranks(_measured, 1, str(cache))
 
 
 def test_the_scorecard_takes_it(cache: Path, tmp_path: Path) -> None:
