@@ -18,7 +18,9 @@ from gmscale.data import DataConfig, open_index, open_split
 from gmscale.data.images.transforms import EvalTransform, eval_geometry
 from gmscale.data.index import read
 from gmscale.data.tars.tar import Tar
+from gmscale.data.tars.writer import open_shard
 from gmscale.errors import UsageError
+from gmscale.evaluation.draws import uniform
 from gmscale.shards import crop as cropping
 from gmscale.shards.commands import main as shards
 from gmscale.shards.crop import Options, crop
@@ -184,3 +186,29 @@ def test_a_mistake_is_one_line(
     assert [line[:16] for line in complaint.splitlines()].count("gmscale: error: ") == 1
     assert "Traceback" not in complaint
     assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_a_sample_out_of_place_does_not_shift_the_numbers_of_those_after_it(
+    finished_run: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Its second part is no sample of the index; the samples behind it keep their labels and their draws."""
+    source, info = tmp_path / "source", json.loads((tiny.build(cache) / "_info.json").read_text())
+    source.mkdir()
+    whole = list(samples(tiny.build(cache)).items())
+    shard = info["splits"]["train"]["filenames"][0]
+    torn = [("a", {"jpg": whole[0][1]["jpg"]}), ("b", whole[1][1]), ("a", {"cls": b"0"})]
+    with open_shard(source / shard) as file:
+        for key, members in [*torn, *whole[2:6]]:
+            file.add({"__key__": key, **members})
+    split = {"name": "train", "num_samples": 6, "filenames": [shard], "shard_lengths": [6]}
+    (source / "_info.json").write_text(json.dumps({**info, "splits": {"train": split}}))
+    kept, bad = crop(Options(finished_run, tmp_path / "out", source=str(source), guide="random"))
+    assert (kept, bad) == (5, 2)
+    index = open_index(open_split(DataConfig(source=str(source)), "train"))
+    assert index.label.tolist()[2:] == [int(members["cls"]) for _, members in whole[2:6]]
+    draws = uniform(torch.arange(6), 3, (0, 0))
+    sides = (tiny.IMAGE_SIZE * (0.4 + 0.5 * draws[:, 0]).sqrt()).round().long().tolist()
+    cut = samples(tmp_path / "out")
+    for number, (key, _) in enumerate(whole[2:6], 2):
+        left, _, right, _ = facts(cut[key])["crop"]
+        assert right - left == sides[number]

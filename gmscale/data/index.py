@@ -155,7 +155,7 @@ def read(index: ShardIndex, i: int) -> bytes:
 def member_name(index: ShardIndex, i: int) -> str:
     """Return the name of sample `i`'s image, or else first member. It reads headers up to there: for messages."""
     shard, offset = index.shard(i), int(index.offset[i])
-    for member in members(_fetch(index, shard)):
+    for member in members(fetch_shard(index, shard)):
         if member.offset == offset:
             return member.name
     raise RunError(
@@ -171,12 +171,12 @@ def _descriptor(index: ShardIndex, shard: int) -> int:
         return _descriptors[identity]
     try:
         try:
-            descriptor = os.open(_fetch(index, shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(fetch_shard(index, shard), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             if isinstance(error, UsageError):
                 raise
             # Another process may have evicted a remote shard's copy just after it was fetched.
-            descriptor = os.open(_fetch(index, shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(fetch_shard(index, shard), os.O_RDONLY | os.O_CLOEXEC)
     except UsageError:
         raise  # its server does not have it
     except OSError as error:
@@ -194,7 +194,8 @@ def _descriptor(index: ShardIndex, shard: int) -> int:
     return descriptor
 
 
-def _fetch(index: ShardIndex, shard: int) -> Path:
+def fetch_shard(index: ShardIndex, shard: int) -> Path:
+    """Return a complete local file of a shard, fetched if it is remote."""
     hashes = index.split.sha256
     return index.split.directory.fetch(
         index.split.names[shard], size=index.stored.bytes[shard], sha256=hashes[shard] if hashes else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gmscale import parallel
 from gmscale.data import ShardIndex, ValLoader, order
+from gmscale.data.index import fetch_shard
 from gmscale.data.tars.scan import key_and_kind
 from gmscale.data.tars.tar import members
 from gmscale.errors import RunError, UsageError
@@ -171,11 +172,7 @@ def _files_by_key(index: ShardIndex) -> dict[str, str]:
 
 def _keys_by_offset(index: ShardIndex, shard: int) -> dict[int, str]:
     """Return the key that each member of a shard belongs to, by the byte at which its contents begin."""
-    hashes, name = index.split.sha256, index.split.names[shard]
-    path = index.split.directory.fetch(
-        name, size=index.stored.bytes[shard], sha256=hashes[shard] if hashes else None
-    )
-    named = ((member.offset, key_and_kind(member.name)) for member in members(path))
+    named = ((member.offset, key_and_kind(member.name)) for member in members(fetch_shard(index, shard)))
     return {offset: found[0] for offset, found in named if found}
 
 

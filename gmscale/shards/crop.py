@@ -21,6 +21,7 @@ from gmscale.data.faults import ImageError
 from gmscale.data.images.decode import decode
 from gmscale.data.images.guided import best_squares
 from gmscale.data.images.transforms import EvalTransform, eval_geometry
+from gmscale.data.index import fetch_shard
 from gmscale.data.survey import where
 from gmscale.data.tars.scan import IMAGE_EXTENSIONS, key_and_kind
 from gmscale.data.tars.tar import Tar
@@ -153,19 +154,18 @@ def _shard(
 
 def _items(index: ShardIndex, shard: int, strict: bool, skipped: list[Skipped]) -> Iterator[_Item]:
     """Yield the usable samples of a shard with all their members."""
-    number = int(index.lengths[:shard].sum()) - 1
-    hashes = index.split.sha256
-    path = index.split.directory.fetch(
-        index.split.names[shard], size=index.stored.bytes[shard], sha256=hashes[shard] if hashes else None
-    )
-    with Tar(path, where(index.split, shard)) as tar:
+    first = int(index.lengths[:shard].sum())
+    # by place: of a sample whose members are not in a row, only the first part is in the index
+    numbers = {int(index.offset[i]): i for i in range(first, first + int(index.lengths[shard]))}
+    with Tar(fetch_shard(index, shard), where(index.split, shard)) as tar:
         named = ((key_and_kind(member.name), member) for member in tar.members())
         for key, group in groupby(((own, m) for own, m in named if own), lambda pair: pair[0][0]):
-            number += 1
-            members = {kind: tar.read(member) for (_, kind), member in group}
+            found = {kind: member for (_, kind), member in group}
+            number = next((numbers[m.offset] for m in found.values() if m.offset in numbers), None)
+            label = -1 if number is None else int(index.label[number])
+            members = {kind: tar.read(member) for kind, member in found.items()}
             extension = next((kind for kind in IMAGE_EXTENSIONS if kind in members), "")
-            label = int(index.label[number])
-            if label < 0 or not extension:
+            if number is None or label < 0 or not extension:
                 skipped.append(Skipped(key, "bad sample", "see gmscale shards verify"))
                 continue
             try:

@@ -52,14 +52,17 @@ def guide(
     `saliency` [N, S, S] is of these images; None is the random guide. Targets int64 [N] become float32
     [N, classes] if anything is mixed. Cropped images are resized to S (bilinear).
     """
-    drawn = Guided(*(part.to(images.device, non_blocking=True) for part in drawn))
     size = images.shape[-1]
-    if saliency is None:
-        tops, lefts = (drawn.places[:, :2] * (size - drawn.crop + 1)[:, None]).long().unbind(1)
-    else:
-        tops, lefts = best_squares(saliency, drawn.crop)
-    images, saliency = _cut(images, saliency, tops, lefts, drawn.crop)
-    if not bool(drawn.patch.any()):
+    # asked on the CPU, where they were drawn: a GPU would have to be waited for
+    crops, mixes = bool((drawn.crop < size).any()), bool(drawn.patch.any())
+    drawn = Guided(*(part.to(images.device, non_blocking=True) for part in drawn))
+    if crops:
+        if saliency is None:
+            tops, lefts = (drawn.places[:, :2] * (size - drawn.crop + 1)[:, None]).long().unbind(1)
+        else:
+            tops, lefts = best_squares(saliency, drawn.crop)
+        images, saliency = _cut(images, saliency, tops, lefts, drawn.crop)
+    if not mixes:
         return images, targets
     mix = _mix(drawn, saliency, size)
     mix_images(images, mix)
@@ -95,8 +98,6 @@ def _cut(
     """Return the crops, resized to the images' size; images that are not cropped stay bit for bit."""
     size = images.shape[-1]
     cropped = sides < size
-    if not bool(cropped.any()):
-        return images, saliency
     scale = sides / size
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0] = theta[:, 1, 1] = scale

@@ -18,7 +18,7 @@ from torch import Tensor
 from gmscale.data import DataConfig, ShardIndex
 from gmscale.data.images.decode import jpeg_header
 from gmscale.data.images.transforms import eval_geometry
-from gmscale.data.index import read
+from gmscale.data.index import fetch_shard, read
 from gmscale.data.survey import where
 from gmscale.data.tars.scan import key_and_kind
 from gmscale.data.tars.tar import Member, Tar
@@ -115,9 +115,7 @@ def _samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[tuple[int, _
         by_shard[index.shard(number)][int(index.offset[number])] = number
     split = index.split
     for shard, wanted in by_shard.items():
-        sha256 = split.sha256[shard] if split.sha256 else None
-        path = split.directory.fetch(split.names[shard], size=index.stored.bytes[shard], sha256=sha256)
-        with Tar(path, where(split, shard)) as tar:
+        with Tar(fetch_shard(index, shard), where(split, shard)) as tar:
             for key, members in _keyed(tar):
                 offset = next((own.offset for own in members.values() if own.offset in wanted), None)
                 if offset is None:
