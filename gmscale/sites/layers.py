@@ -318,7 +318,7 @@ class _Tree:
         while name:
             parent, _, own = name.rpartition(".")
             around = self.modules.get(parent, self.model)
-            if parent and (known := _of_type(around)):
+            if parent and (known := channels_of_type(around)):
                 return known
             siblings = list(around.named_children())
             at = next((i for i, (n, _) in enumerate(siblings) if n == own), 0)
@@ -329,8 +329,8 @@ class _Tree:
         return None
 
     def _of(self, module: nn.Module) -> Channels | None:
-        kinds = {kind for m in module.modules() if (kind := _of_type(m))}
-        return _of_type(module) or (kinds.pop() if len(kinds) == 1 else self._format)
+        kinds = {kind for m in module.modules() if (kind := channels_of_type(m))}
+        return channels_of_type(module) or (kinds.pop() if len(kinds) == 1 else self._format)
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -339,7 +339,8 @@ def is_activation(module: nn.Module) -> bool:
     return kind.__module__ in _ACTIVATION_PACKAGES and not _GATES.fullmatch(kind.__name__)
 
 
-def _of_type(module: nn.Module) -> Channels | None:
+def channels_of_type(module: nn.Module) -> Channels | None:
+    """Return whether a layer of this type has channels first or last; None if that does not tell."""
     name = type(module).__name__
     if isinstance(module, _FIRST) or _FIRST_BY_NAME.search(name):  # timm's LayerNorm2d is a LayerNorm
         return "first"
@@ -348,7 +349,7 @@ def _of_type(module: nn.Module) -> Channels | None:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether nothing in a module tells a layout: activations, dropout, identity."""
-    return not any(_of_type(m) for m in module.modules())
+    return not any(channels_of_type(m) for m in module.modules())
 
 
 def _widths(module: nn.Module) -> frozenset[int]:

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 
 from gmscale.errors import UsageError
 from gmscale.evaluation.subject import OnPixels
+from gmscale.sites.layers import channels_of_type, is_activation
 
-_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
-_FIRST_BY_NAME = re.compile("(Norm|Pool).*2d")  # timm's LayerNorm2d is a LayerNorm
-_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
-_ACTIVATION_PACKAGES = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
-# In these packages, but no activations: they weight others, or are whole attention layers.
-_GATES = re.compile("(Hard|Log)?[Ss]igmoid(Me)?|Tanh|(Log)?Soft(max|min)(2d)?|MultiheadAttention")
 _LISTS = (nn.Sequential, nn.ModuleList)
 _BLOCK = re.compile(r"(.*\.)?blocks\.\d+")
 
@@ -95,7 +90,7 @@ def last_maps(model: nn.Module, pixels: Tensor, labels: Tensor) -> Maps:
             return
         # Dropout and the like are no layers: they may hold the weights of an attention.
         is_leaf = next(module.children(), None) is None
-        counts = not is_leaf or _is_activation(module) or _channels_last(module) is not None
+        counts = not is_leaf or is_activation(module) or _channels_last(module) is not None
         if counts and (grid := layers.grid(output, module)) and output.requires_grad:
             last, awaited = (output, grid), False
         elif module in layers.stages and not layers.has_tokens:
@@ -124,7 +119,7 @@ def _hear(
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         layers.enter(module)
-        if layers.blocks or not _is_activation(module) or (grid := layers.grid(args[0], module)) is None:
+        if layers.blocks or not is_activation(module) or (grid := layers.grid(args[0], module)) is None:
             return None
         entered = args[0].clone()  # the activation's own: what enters may be used elsewhere too
         if entered.requires_grad:
@@ -186,7 +181,7 @@ class _Layers:
             return None
         own = _channels_last(module)
         if own is None:
-            own = self._latest if _is_activation(module) else self._between_blocks
+            own = self._latest if is_activation(module) else self._between_blocks
         for channels_last in (own, not own):
             rows, cols = x.shape[1:3] if channels_last else x.shape[2:]
             if self._is_of_image(rows, cols):
@@ -213,17 +208,10 @@ def _hooked(model: nn.Module, before: Callable[..., Any], after: Callable[..., A
             handle.remove()
 
 
-def _is_activation(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__module__ in _ACTIVATION_PACKAGES and not _GATES.fullmatch(kind.__name__)
-
-
 def _channels_last(module: nn.Module) -> bool | None:
-    """Return where a layer of this type holds channels; None if it does not tell."""
-    name = type(module).__name__
-    if isinstance(module, _FIRST) or _FIRST_BY_NAME.search(name):
-        return False
-    return True if isinstance(module, _LAST) or name.startswith(("RmsNorm", "SimpleNorm")) else None
+    """Return whether a layer of this type holds channels last; None if it does not tell."""
+    kind = channels_of_type(module)
+    return None if kind is None else kind == "last"
 
 
 def _no_grid(model: nn.Module, layer: str) -> UsageError:
