@@ -48,7 +48,11 @@ def of_records(records: Sequence[Record], size: int, now: float) -> list[str]:
     places = {record.rank: (record.step or 0, record.place) for record in waiting}
     least, most = min(places.values()), max(places.values())
     if least == most:
-        return [f"all ranks were in {waiting[0].where}: the network between them broke, or one hangs there"]
+        lines = [f"all ranks were in {waiting[0].where}: the network between them broke, or one hangs there"]
+        quiet = min(waiting, key=lambda record: record.seen)
+        if newest - quiet.seen > period_s(size):  # too soon to say that it hangs
+            lines.append(f"{_name(quiet)} was heard last {now - quiet.seen:.0f} s ago, the longest of all")
+        return lines
     behind = [record for record in waiting if places[record.rank] == least]
     ahead = next(record for record in waiting if places[record.rank] == most)
     return _cut(

@@ -101,6 +101,11 @@ def test_all_in_one_place_blames_nobody() -> None:
     assert line.startswith("all ranks were in step 5, backward")
 
 
+def test_all_in_one_place_names_the_one_that_was_heard_last() -> None:
+    lines = of_records([record(0), record(1, seen=NOW - 6), record(2)], 3, NOW)
+    assert lines[1:] == ["rank 1 (host n1, process 101) was heard last 6 s ago, the longest of all"]
+
+
 def test_many_lines_are_cut() -> None:
     assert of_records([record(0)], 100, NOW)[-1] == "and 95 more ranks"
     assert len(of_records([record(0)], 6, NOW)) == 5

@@ -112,7 +112,7 @@ class Agent(LocalElasticAgent):
             )
             raise EndedError(1, [said]) from None
         except (RendezvousError, DistError) as error:
-            self._heed_verdict()
+            self._wait_for_verdict()  # who listens may find a moment later that the head is gone
             raise EndedError(1, [f"lost the other launchers: {' '.join(str(error).split())[:200]}"]) from None
         finally:
             for number in handled:
@@ -165,8 +165,14 @@ class Agent(LocalElasticAgent):
         if worker_group.state == WorkerState.HEALTHY and not self._meeting.has_failed(launched.world_name()):
             self._ask_to_stop()
             deadline = time.monotonic() + self._topology.grace_s
-            while time.monotonic() < deadline and self._pcontext is not None and self._pcontext.wait(0) is None:
+            exits: dict[int, int] = {}
+            while time.monotonic() < deadline and self._pcontext is not None:
+                exits |= self._exits(worker_group)
+                if self._pcontext.wait(0) is not None:
+                    break
                 time.sleep(0.05)
+            for line in self._diagnosis(exits) if exits else []:  # they could not agree: a rank there hung, or died
+                say(line)
         super()._stop_workers(worker_group)
         self._catch_up()
 
