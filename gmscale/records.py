@@ -24,6 +24,8 @@ def mask_values(reports: Mapping[str, MaskReport], step_ms: float) -> dict[str, 
             f"{prefix}wire_bytes": report.wire_bytes,
             f"{prefix}dense_bytes": report.dense_bytes,
         }
+        if report.wire_bytes is not None and report.dense_bytes:
+            values[f"{prefix}wire_share"] = report.wire_bytes / report.dense_bytes
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -244,7 +244,8 @@ def train(config: TrainConfig, world: World, console: Console | None = None) -> 
             "wall_s": round(time.monotonic() - began, 3),
         }
         if tracker:
-            summary |= tracker.medians("images_per_s", "hook_ms", "hook_share", "kept_entries", "kept_energy")
+            medians = ("images_per_s", "hook_ms", "hook_share", "kept_entries", "kept_energy", "wire_share")
+            summary |= tracker.medians(*medians)
             evaluation.write_samples(pictured, val_loader, config.data, run_dir / "samples")
             write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
     parallel.barrier(world)

@@ -38,6 +38,7 @@ def make_run(
         "data": {"source": source, "size": 400, "batch_size_per_device": 8, "workers": seed},
         "optim": {"opt": "sgd", "lr": lr},
         "mask": {"enabled": masked, "operator": "pool", "strength": 0.5, "seed": seed},
+        "output": {"enabled": False, "seed": seed},
     }
     for key, value in (settings or {}).items():
         section, name = key.split(".")
@@ -125,6 +126,39 @@ def test_load_finished_run(tmp_path: Path) -> None:
     assert run.final("top1") == 81.5
     assert run.final("hook_share") is None
     assert [line["step"] for line in run.lines("validation")] == [1, 2, 3, 4]
+
+
+def test_a_mask_of_layer_outputs_alone_is_a_mask_and_no_reference(tmp_path: Path) -> None:
+    output = {"mask.enabled": False, "output.enabled": True, "output.operator": "log", "output.strength": 0.25}
+    for seed in range(2):
+        make_run(tmp_path / f"none-{seed}", "no mask", seed, 80.0)
+        for sigma in (1.0, 2.0):
+            settings = output | {"run.arm": None, "output.sigma": sigma}
+            make_run(tmp_path / f"{sigma}-{seed}", "output", seed, 90.0 + sigma, settings=settings)
+    found = arms(find_runs([tmp_path])).arms
+    assert [(arm.label, arm.masked, arm.reference) for arm in found] == [
+        ("no mask", False, ""),
+        ("output log 0.25, sigma 2", True, "no mask"),
+        ("output log 0.25, sigma 1", True, "no mask"),
+    ]
+    page = Page(write_report([tmp_path]))
+    assert "output.sigma" in page.text
+
+
+def test_bytes_on_the_wire_and_gradient_quality_are_shown_where_they_were_measured(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", "pool 1 consensus", 0, 80.0)
+    with open(path / "metrics.jsonl", "a") as file:
+        for step in (2, 4):
+            file.write(json.dumps({"phase": "train", "step": step, "epoch": step / 2, "wire_share": 0.36}) + "\n")
+            file.write(json.dumps({"phase": "quality", "step": step, "gain": -0.1, "control_gain": -0.2}) + "\n")
+    (path / "summary.json").write_text(json.dumps({"steps": 4, "top1": 80.0, "wire_share": 0.36}))
+    shown = Page(write_report([tmp_path])).text
+    assert "Bytes, % of dense" in shown
+    assert "36.0" in shown
+    assert "Gradient quality" in shown
+    plain = Page(write_report([make_run(tmp_path / "plain" / "run", "no mask", 0, 80.0)])).text
+    assert "Bytes," not in plain
+    assert "Gradient quality" not in plain
 
 
 def test_load_unfinished_run_with_a_torn_last_line(tmp_path: Path) -> None:

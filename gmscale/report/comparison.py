@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gmscale.report.runs import Run, number
+from gmscale.report.runs import MASKS, Run, number
 from gmscale.statistics import (
     ENOUGH_SEEDS,
     Paired,
@@ -17,7 +17,7 @@ from gmscale.statistics import (
     verdict,
 )
 
-VALUES = ("top1", "loss", "images_per_s", "hook_ms", "hook_share", "kept_entries", "kept_energy")
+VALUES = ("top1", "loss", "images_per_s", "hook_ms", "hook_share", "kept_entries", "kept_energy", "wire_share")
 # What a run is compared on: a reference has to share these.
 _WORKLOAD = ("model.name", "data.source", "data.size", "run.epochs")
 # Settings that say where and how a run is carried out, not what it computes, or that follow its seed.
@@ -106,6 +106,11 @@ def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in values if len(values[key]) > 1 or counts[key] < len(settings)]
 
 
+def masks(run: Run) -> tuple[str, ...]:
+    """The sections of the masks that the run had, with a dot behind."""
+    return tuple(f"{mask}." for mask in MASKS if run.has(mask))
+
+
 def plain(value: Any) -> str:
     """A setting for people: 0.05, yes, no, or its text; a dash for none."""
     if value is None or value == "":
@@ -117,13 +122,12 @@ def plain(value: Any) -> str:
 
 def _identity(run: Run) -> dict[str, Any]:
     """The settings that make two runs the same experiment, apart from the seed."""
+    sections = ("model.", "data.", "optim.", *masks(run))
     kept = {
         key: value
         for key, value in run.settings.items()
-        if key.startswith(("model.", "data.", "optim.", "mask.")) and not key.endswith(_INCIDENTAL)
+        if key.startswith(sections) and not key.endswith(_INCIDENTAL)
     }
-    if not run.masked:
-        kept = {key: value for key, value in kept.items() if not key.startswith("mask.")}
     kept["run.epochs"] = run.setting("run.epochs")
     kept["world size"] = " then ".join(map(str, run.processes))
     return kept

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gmscale.report import figures, html, sweep
-from gmscale.report.comparison import Arm, ArmsTable, arms, differing_keys, plain
+from gmscale.report.comparison import Arm, ArmsTable, arms, differing_keys, masks, plain
 from gmscale.report.runs import Run, find_runs
 from gmscale.statistics import ENOUGH_SEEDS
 
@@ -52,6 +52,7 @@ def _render(runs: Sequence[Run], home: Path) -> str:
         notices=_notices(runs, table),
         headline=_headline(table),
         table=table,
+        packed=any(arm.values["wire_share"].n for arm in table.arms),
         shown=shown,
         styles=drawn,
         differences=figures.differences(shown, drawn),
@@ -64,6 +65,16 @@ def _render(runs: Sequence[Run], home: Path) -> str:
         over_time=[
             (curves(masked, "train", "kept_entries", "step", "kept entries, %", 100), "Kept entries against step"),
             (curves(masked, "train", "strength", "step", "strength"), "Mask strength against step"),
+            (
+                curves(masked, "train", "output_kept_entries", "step", "kept at outputs, %", 100),
+                "Kept at layer outputs",
+            ),
+            (curves(masked, "train", "output_strength", "step", "strength at outputs"), "Strength at outputs"),
+            (curves(masked, "train", "wire_share", "step", "bytes on the wire, %", 100), "Bytes against step"),
+        ],
+        quality=[
+            (curves(masked, "quality", "gain", "step", "held-out alignment gain dQ"), "dQ of the mask"),
+            (curves(masked, "quality", "control_gain", "step", "dQ of a random mask"), "dQ of a random mask"),
         ],
         step_time=figures.step_time(shown),
         samples=[(arm, run, pictures) for arm in shown for run, pictures in [_samples(arm)] if pictures],
@@ -111,7 +122,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("World size", _several(" then ".join(map(str, run.processes)) for run in runs)),
         ("Batch per device", setting("data.batch_size_per_device")),
         ("Device", environment("device")),
-        ("Mask touches", _several(_touches(run) for run in runs if run.masked)),
+        ("Mask touches", _several(_touches(run) for run in runs if run.has("mask"))),
         ("Output mask touches", _several(_outputs_touched(run) for run in runs if "output" in run.touched)),
         ("Versions", ", ".join(f"{key} {environment(key)}" for key in versions)),
         ("Commit", commits),
@@ -202,7 +213,9 @@ def _samples(arm: Arm) -> tuple[Run, list[dict[str, Any]]]:
 
 def _mask_settings(run: Run) -> dict[str, Any]:
     return {
-        key: value for key, value in run.settings.items() if key.startswith("mask.") and not key.endswith(".seed")
+        key: value
+        for key, value in run.settings.items()
+        if key.startswith(masks(run)) and not key.endswith(".seed")
     }
 
 

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from gmscale.errors import UsageError
 
 NO_MASK = "no mask"
+MASKS: tuple[Literal["mask", "output"], ...] = ("mask", "output")  # of weight gradients, of layer outputs
 _RECORDS = ("environment.json", "metrics.jsonl", "summary.json")
 # The C loader is ten times faster, which a report on a thousand runs notices.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -46,7 +47,12 @@ class Run:
 
     @property
     def masked(self) -> bool:
-        return bool(self.setting("mask.enabled", self.setting("run.arm") != NO_MASK))
+        weights = bool(self.setting("mask.enabled", self.setting("run.arm") != NO_MASK))
+        return weights or bool(self.setting("output.enabled"))
+
+    def has(self, mask: Literal["mask", "output"]) -> bool:
+        """Whether the mask of weight gradients, or that of layer outputs, was on."""
+        return self.masked and bool(self.setting(f"{mask}.enabled", mask == "mask"))
 
     @property
     def label(self) -> str:
@@ -55,13 +61,13 @@ class Run:
             return str(arm)
         # as TrainConfig.arm, which needs torch
         parts = []
-        if self.masked:
+        if self.has("mask"):
             consensus = self.setting("mask.agreement") == "consensus"
             strength = self.setting("mask.strength")
             strength = (1.0 if consensus else 0.5) if strength is None else float(strength)
             agreement = " consensus" if consensus else ""
             parts.append(f"{self.setting('mask.operator', 'mask')} {strength:g}{agreement}")
-        if self.setting("output.enabled"):
+        if self.has("output"):
             parts.append(f"output {self.setting('output.operator')} {float(self.setting('output.strength')):g}")
         return " + ".join(parts) or NO_MASK
 

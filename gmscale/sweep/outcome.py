@@ -26,6 +26,7 @@ _VALUES = (
     "images_per_s",
     "kept_entries",
     "kept_energy",
+    "wire_share",
     "wall_s",
 )
 _USAGE, _INTERRUPTED = 2, 130
