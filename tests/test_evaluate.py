@@ -220,7 +220,13 @@ def test_a_model_is_no_baseline_of_itself_in_another_spelling(
 
 @pytest.mark.parametrize(
     "mistake",
-    [["--folder", "x=folder"], ["--real", "file"], ["--saliency", "log", "--boxes", "file"], ["--boxes", "file"]],
+    [
+        ["--folder", "x=folder"],
+        ["--real", "file"],
+        ["--saliency", "log", "--boxes", "file"],
+        ["--boxes", "file"],
+        ["--prune", "2:400"],
+    ],
 )
 def test_what_does_not_fit_the_model_is_found_before_anything_is_measured(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: list[str]

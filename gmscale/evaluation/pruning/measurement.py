@@ -15,7 +15,7 @@ from gmscale.evaluation.measurement import Measurement
 from gmscale.evaluation.pruning.channels import channels, without_channels
 from gmscale.evaluation.pruning.cost import cost
 from gmscale.evaluation.pruning.finetuning import finetune
-from gmscale.evaluation.pruning.smallest import Pruned, prunable, pruned, zeros
+from gmscale.evaluation.pruning.smallest import Pruned, fitting_pattern, prunable, pruned, zeros
 from gmscale.evaluation.subject import Subject
 
 HOW = ("global", "layer", "structured")
@@ -88,6 +88,11 @@ class Pruning(Measurement):
         }.get(self.how, f"pruned {self.how}")
         steps = "1 step" if self.finetune == 1 else f"{self.finetune} steps"
         return f"{said}, {steps} of fine-tuning" if self.finetune else said
+
+    def check(self, subject: Subject) -> None:
+        """Raise UsageError if no layer fits the pattern."""
+        if ":" in self.how:
+            fitting_pattern(subject.model, self.how)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return what is left; a collective.

@@ -35,6 +35,17 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     return dict(found.values())
 
 
+def fitting_pattern(model: nn.Module, pattern: str) -> set[str]:
+    """Return the prunable weights whose inputs are a multiple of M. Raises UsageError if there are none."""
+    m = int(pattern.partition(":")[2])
+    found = {name for name, weight in prunable(model).items() if weight.shape[1] % m == 0}
+    if not found:
+        raise UsageError(
+            f"--prune is {pattern}, but no layer of {type(model).__name__} has a multiple of {m} inputs"
+        )
+    return found
+
+
 @torch.no_grad()
 def pruned(model: nn.Module, sparsity: float, how: str = "global") -> Pruned:
     """Return a copy of `model` without its smallest weights; nothing is trained or measured again afterwards.
@@ -55,11 +66,8 @@ def pruned(model: nn.Module, sparsity: float, how: str = "global") -> Pruned:
         gone = {name: _smallest(weight, sparsity) for name, weight in weights.items()}
     else:
         n, m = map(int, how.split(":"))
-        gone = {name: _of_runs(weight, n, m) for name, weight in weights.items() if weight.shape[1] % m == 0}
-        if not gone:
-            raise UsageError(
-                f"--prune is {how}, but no layer of {type(model).__name__} has a multiple of {m} inputs"
-            )
+        fitting = fitting_pattern(model, how)
+        gone = {name: _of_runs(weight, n, m) for name, weight in weights.items() if name in fitting}
     hold(weights, gone)
     return Pruned(copied, gone, tuple(name for name in weights if name not in gone))
 
