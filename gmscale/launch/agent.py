@@ -171,7 +171,8 @@ class Agent(LocalElasticAgent):
                 if self._pcontext.wait(0) is not None:
                     break
                 time.sleep(0.05)
-            for line in self._diagnosis(exits) if exits else []:  # they could not agree: a rank there hung, or died
+            failed = {rank: status for rank, status in exits.items() if status != STOPPED}
+            for line in self._diagnosis(failed) if failed else []:  # they did not agree: one hung, or died
                 say(line)
         super()._stop_workers(worker_group)
         self._catch_up()
