@@ -174,6 +174,22 @@ def test_a_baseline_that_was_not_tuned_is_called_so(rates: dict[float, float], w
     assert ("top1 (uncontrolled)" in text) == bool(words)
 
 
+def test_the_metrics_whose_baseline_is_not_tuned_are_named(tmp_path: Path) -> None:
+    """The best rate for ece lies at the edge, for the others inside."""
+    masked = [make_scored_run(tmp_path / f"m{s}", "pool", s, 3.0, everything=False) for s in range(5)]
+    baselines = []
+    for lr, gain, ece in ((0.05, -1.0, 5.0), (0.1, 0.0, 4.0), (0.2, -1.0, 3.0)):
+        for s in range(5):
+            run = make_scored_run(tmp_path / f"b{lr}-{s}", "no mask", s, gain, lr=lr, everything=False)
+            card = json.loads((run / "scorecard.json").read_text())
+            card["accuracy"]["ece"] = ece
+            (run / "scorecard.json").write_text(json.dumps(card))
+            baselines.append(run)
+    text = Page(write_scorecards(masked, baselines, tmp_path / "page.html").read_text()).text
+    assert "0.05 to 0.2, by ece. A gain" in text
+    assert "Uncontrolled, as the baseline is not tuned: 1 of these." in text
+
+
 def test_a_lucky_seed_of_another_learning_rate_is_not_overlooked(tmp_path: Path) -> None:
     masked = [make_scored_run(tmp_path / f"m{s}", "pool", s, 3.0, everything=False) for s in range(5)]
     baselines = [make_scored_run(tmp_path / f"b{s}", "no mask", s, everything=False) for s in range(5)]

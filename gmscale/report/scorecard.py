@@ -138,7 +138,8 @@ def _headline(compared: Sequence[Comparison]) -> str:
         (sum(one.better is None for one in enough), "not significantly different"),
     ]
     outcome = "; ".join(f"{count} {words}" for count, words in counts if count)
-    control = " The baselines are not tuned, so this is uncontrolled." if any(one.control for one in enough) else ""
+    untuned = sum(bool(one.control) for one in enough)
+    control = f" Uncontrolled, as the baseline is not tuned: {untuned} of these." if untuned else ""
     return f"Of {len(enough)} comparisons with at least {ENOUGH_SEEDS} paired seeds: {outcome}.{control}"
 
 
@@ -207,10 +208,13 @@ def _notices(
     if not compared and len({card.baseline for card in cards}) > 1 and all(arm.baseline for arm in arms):
         yield "Nothing to compare", "The models differ from their baselines by the seed at most: they are one arm."
     if lacking := sorted({one.control for one in compared if one.control}):
+        metrics = list(dict.fromkeys(one.metric for one in compared if one.control))
+        everywhere = len(metrics) == len({one.metric for one in compared})
+        where = "" if everywhere else f", by {_several(metrics)}"
         yield (
             "Uncontrolled comparison",
-            f"{'; '.join(lacking).capitalize()}. A gain over a baseline that was not tuned is often matched by "
-            "changing its learning rate: train it at several, with the best inside, before claiming one.",
+            f"{'; '.join(lacking).capitalize()}{where}. A gain over a baseline that was not tuned is often matched "
+            "by changing its learning rate: train it at several, with the best inside, before claiming one.",
         )
     if compared and max(one.paired.n for one in compared) < ENOUGH_SEEDS:
         yield "Too few seeds", f"No comparison has {ENOUGH_SEEDS} paired seeds, so none is evidence."
