@@ -16,7 +16,7 @@ MAX_SAMPLES = 12
 _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 # environment.json fields with a place of their own on the page, or of no use to a reader.
 _NOT_VERSIONS = {"commit", "hostname", "device", "threads", "command", "backend", "platform"}
-_NOT_VERSIONS |= {"world_size", "world_sizes"}
+_NOT_VERSIONS |= {"world_size", "world_sizes", "branched_from"}
 
 
 def write_report(paths: Iterable[str | Path], out: str | Path | None = None) -> Path:
