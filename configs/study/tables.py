@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gmscale import trials
+from gmscale.errors import OneLineParser, UsageError
 from gmscale.statistics import Paired, equivalence, holm, paired_difference, significant, summary
 from gmscale.sweep import config
 from gmscale.trials import BASELINE, RANDOM, Record, confirmation
@@ -118,4 +119,10 @@ def _print_bytes(folder: Path, records: dict[int, Record]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = OneLineParser(description="Print what the sweeps of the study found.")
+    parser.add_argument("sweep", nargs="+", help="folder of a sweep")
+    try:
+        main(parser.parse_args().sweep)
+    except UsageError as error:
+        print(f"tables.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
