@@ -38,6 +38,7 @@ def _render(runs: Sequence[Run], home: Path) -> str:
     table = arms(runs)
     shown = table.arms if len(table.arms) <= figures.MAX_ARMS else _best(table.arms)
     masked = [arm for arm in shown if arm.masked]
+    packed = [arm for arm in table.arms if (arm.values["wire_share"].mean or 1.0) < 1]  # others send all
     drawn = figures.styles(shown)
     layer_entries, layers_left_out = figures.layers(masked, drawn, "kept_entries", "kept entries, %")
     layer_energy, _ = figures.layers(masked, drawn, "kept_energy", "kept energy, %")
@@ -52,7 +53,7 @@ def _render(runs: Sequence[Run], home: Path) -> str:
         notices=_notices(runs, table),
         headline=_headline(table),
         table=table,
-        packed=any(arm.values["wire_share"].n for arm in table.arms),
+        packed=packed,
         shown=shown,
         styles=drawn,
         differences=figures.differences(shown, drawn),
@@ -70,7 +71,12 @@ def _render(runs: Sequence[Run], home: Path) -> str:
                 "Kept at layer outputs",
             ),
             (curves(masked, "train", "output_strength", "step", "strength at outputs"), "Strength at outputs"),
-            (curves(masked, "train", "wire_share", "step", "bytes on the wire, %", 100), "Bytes against step"),
+            (
+                curves(
+                    [arm for arm in masked if arm in packed], "train", "wire_share", "step", "bytes sent, %", 100
+                ),
+                "Bytes against step",
+            ),
         ],
         quality=[
             (curves(masked, "quality", "gain", "step", "held-out alignment gain dQ"), "dQ of the mask"),

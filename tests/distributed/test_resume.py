@@ -35,6 +35,8 @@ def test_three_ranks_resume_bit_for_bit(cache: Path, tmp_path: Path, sections: t
     assert tiny.untimed(tiny.metrics(undisturbed)) == tiny.untimed(tiny.metrics(run_dir))
     assert {r["count"] for r in tiny.metrics(run_dir) if "count" in r} == {tiny.VALIDATION_SIZE}
     sent = [(r["wire_bytes"], r["dense_bytes"]) for r in tiny.metrics(run_dir) if r["phase"] == "train"]
+    shares = [r["wire_share"] for r in tiny.metrics(run_dir) if r["phase"] == "train"]
+    assert shares == [wire / dense for wire, dense in sent]
     assert (
         all(wire < 0.5 * dense for wire, dense in sent) if sections else all(wire == dense for wire, dense in sent)
     )
